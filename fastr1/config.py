@@ -1,0 +1,110 @@
+"""Configuration: frozen dataclasses that read like the JSON file they come from.
+
+Names are TRL's `GRPOConfig` names wherever the concept exists. Every default lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+INSTRUCTION = "Output the thinking process in <think> </think> and final answer (option) in <answer> </answer> tags."
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""  # flat Hugging Face-style checkpoint directory
+    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU) | bfloat16 | float32
+    freeze: tuple[str, ...] = ("vision_tower",)  # any of vision_tower, connector, language_model
+    gradient_checkpointing: bool = False
+    attn_implementation: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_file: str = ""
+    video_root: str = ""
+    eval_file: str | None = None
+    eval_video_root: str | None = None  # None: video_root
+    num_frames: int = 16  # -1: one frame per second
+    max_frames: int | None = None  # cap of the one-per-second rule
+    instruction: str = INSTRUCTION
+    policy: str = "error"  # a bad row or video: error | skip
+    max_bad_fraction: float = 0.05  # with skip: more bad rows than this share of the file stop the run
+    backend: str = "auto"  # auto | torchcodec | pyav
+    num_decode_threads: int = 2
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    functions: tuple[str, ...] = ("tinyllava_video_r1",)  # built-in names or "module:function"
+    weights: tuple[float, ...] | None = None  # None: 1.0 each
+    mode: str = "code"  # constants and rules of "tinyllava_video_r1": code | paper
+    base: float = 0.5  # r0, reward of the bare format
+    length_bonus: float = 0.5  # r1
+    correct: float = 1.0  # r2
+    max_think_chars: int = 1200  # ML, length at which the bonus saturates
+    bad_format: float = -2.0
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    num_generations: int = 8
+    max_completion_length: int = 512
+    temperature: float = 1.0
+    top_k: int = 0  # 0: the full vocabulary; 50 reproduces the original's hidden default
+    top_p: float = 1.0
+    loss_type: str = "tinyllava_video_r1"
+    beta: float = 0.01
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    scale_rewards: str = "group"  # group | batch | none
+    importance_sampling_level: str = "token"  # token | sequence
+    advantage_eps: float = 1e-4
+    advantage_noise_std: float = 0.0  # the original adds N(0, 0.02²) to every advantage
+    leave_one_out: bool = False
+    mask_truncated_completions: bool = False
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "cosine"  # cosine | linear | constant
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1.0
+    max_steps: int = -1  # > 0 overrides num_train_epochs
+    per_device_train_batch_size: int = 1  # prompts per micro-step and process (each with num_generations completions)
+    gradient_accumulation_steps: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output_dir: str = "runs/grpo"
+    seed: int = 42
+    logging_steps: int = 1
+    save_steps: int = 0  # 0: only at the end
+    save_total_limit: int = 2
+    eval_steps: int = 0  # 0: no evaluation during training
+    eval_samples: int | None = None  # evaluate on the first n held-out questions only
+    resume_from_checkpoint: str | None = None  # a checkpoint folder, or "last"
+    report_to: tuple[str, ...] = ("jsonl", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a GRPO or SFT run needs."""
+
+    task: str = "grpo"  # grpo | sft
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})

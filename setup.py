@@ -1,0 +1,3 @@
+from setuptools import setup
+
+setup()  # everything is declared in pyproject.toml
