@@ -1,0 +1,1 @@
+"""Annotation readers, prompt templates, the tokenizer and the resumable prompt sampler. Nothing here opens a video."""

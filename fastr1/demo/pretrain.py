@@ -1,0 +1,258 @@
+"""Train the demo's base model from nothing, as the parts of the paper's base were trained: tower, text, then together.
+
+    python -m fastr1.demo.pretrain --output fastr1/demo/base_model
+
+1. Tower and connector learn, from single frames, which cell each colour is in (a linear head that is thrown away).
+2. The decoder learns, from text alone, to look up the letter of an option, five times per sample.
+3. Together: captions with every shape's cell at every moment, questions answered by a sentence, questions with options
+   answered by the letter, and look-ups.
+Dense supervision is what makes this work at all; answers alone teach such a model nothing. It never sees the
+`<think> … <answer>` format: that is left to the cold start and to GRPO.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fastr1.data.prompts import build_caption_text, build_prompt, tokenize_with_image
+from fastr1.demo.base import IMAGE_SIZE, build_model, build_tokenizer
+from fastr1.demo.scenes import (
+    COLOURS,
+    COUNTS,
+    DIRECTIONS,
+    FLASH,
+    GRID,
+    KINDS,
+    LETTERS,
+    NUM_MOMENTS,
+    Scene,
+    ask,
+    cell_of,
+    describe,
+    render,
+    sample_scene,
+)
+from fastr1.models import TinyLlavaVideo, save_model
+from fastr1.schema import IGNORE_INDEX
+from fastr1.video import preprocess_frames
+
+DIRECT = "Answer with the option's letter from the given choices directly."
+TASKS = {"caption": 0.3, "sentence": 0.35, "letter": 0.15, "lookup": 0.2}
+SHOWN_COLOURS = (*COLOURS, FLASH)
+NUM_CELLS = GRID * GRID
+
+
+@dataclass(frozen=True)
+class Example:
+    """One supervised sequence; `scene` indexes the pool of rendered scenes, None for text."""
+
+    input_ids: list[int]
+    labels: list[int]
+    scene: int | None
+
+
+class ScenePool:
+    """Rendered scenes, drawn once and reused: frames (N, 8, 3, S, S) uint8 after the resize."""
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        self.scenes: list[Scene] = []
+        self.frames = torch.empty(size, NUM_MOMENTS, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+        for i in tqdm(range(size), desc="drawing scenes", mininterval=5):
+            scene = sample_scene(rng, KINDS[i % len(KINDS)])
+            frames = torch.from_numpy(render(scene, NUM_MOMENTS, rng)).permute(0, 3, 1, 2)
+            self.scenes.append(scene)
+            self.frames[i] = ((preprocess_frames(frames, image_size=IMAGE_SIZE) + 1) * 127.5).round().to(torch.uint8)
+
+    def pixels(self, index: int | torch.Tensor) -> torch.Tensor:
+        """Pixel values in [−1, 1], (8, 3, S, S) or (n, 8, 3, S, S)."""
+        return self.frames[index].float() / 127.5 - 1
+
+
+def pretrain(
+    output: Path, *, seed: int = 0, vision_steps: int = 500, text_steps: int = 420, joint_steps: int = 1200
+) -> TinyLlavaVideo:
+    """Run the three stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
+    rng = np.random.default_rng(seed)
+    tokenizer = build_tokenizer(seed)
+    model = build_model(tokenizer, seed)
+    pool = ScenePool(4000, rng)
+    train_vision(model, pool, rng, vision_steps)
+    train_lookup(model, tokenizer, rng, text_steps)
+    train_together(model, tokenizer, pool, rng, joint_steps)
+    save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
+    return model
+
+
+def train_vision(model: TinyLlavaVideo, pool: ScenePool, rng: np.random.Generator, steps: int) -> None:
+    """Stage 1. Frames are shuffled over clips: frames of one clip are too alike to learn from."""
+    frames = pool.frames.flatten(0, 1)
+    targets = torch.cat([_cells(scene) for scene in pool.scenes])
+    per_frame = model.config.num_queries // NUM_MOMENTS * model.config.text.hidden_size
+    head = nn.Linear(per_frame, len(SHOWN_COLOURS) * (NUM_CELLS + 1))
+
+    def compute() -> torch.Tensor:
+        chosen = torch.from_numpy(rng.integers(0, len(frames), 32 * NUM_MOMENTS))
+        pixels = frames[chosen].float() / 127.5 - 1
+        pixels = pixels + 0.03 * torch.randn_like(pixels)
+        tokens = model.connect(model.encode_frames(pixels).unflatten(0, (-1, NUM_MOMENTS)))
+        logits = head(tokens.reshape(-1, per_frame)).reshape(-1, NUM_CELLS + 1).float()
+        target = targets[chosen].reshape(-1)
+        loss = F.cross_entropy(logits, target, reduction="none")
+        is_shown = target < NUM_CELLS
+        return loss[is_shown].mean() + loss[~is_shown].mean()
+
+    trained = [*model.vision_tower.parameters(), *model.connector.parameters(), *head.parameters()]
+    _optimise("tower and connector", [(trained, 2.5e-3)], steps, compute)
+
+
+def _cells(scene: Scene) -> torch.Tensor:
+    """(8, colours) int64: the grid cell of each colour at each moment, `NUM_CELLS` where it is not shown."""
+    cells = torch.full((NUM_MOMENTS, len(SHOWN_COLOURS)), NUM_CELLS)
+    for shape in reversed(scene.shapes):
+        for i, colour in enumerate(shape.colours):
+            if colour is not None:
+                cell = cell_of(shape.centres[i])
+                cells[i, SHOWN_COLOURS.index(colour)] = "abcd".index(cell[0]) * GRID + int(cell[1]) - 1
+    return cells
+
+
+def train_lookup(
+    model: TinyLlavaVideo, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, steps: int
+) -> None:
+    """Stage 2. The letter directly follows the word: with a word between them the look-up was not learned."""
+    words = [list(COLOURS), list(DIRECTIONS), list(COUNTS)]
+
+    def example() -> Example:
+        options = [str(word) for word in rng.permutation(words[rng.integers(len(words))])[: len(LETTERS)]]
+        lines = list(zip(LETTERS, options, strict=True))
+        question = "\nOptions:\n" + "\n".join(f"{letter}. {option}." for letter, option in lines)
+        answer = "".join(f" {lines[i][1]} {lines[i][0]}." for i in rng.permutation(len(lines)))
+        return _example(question, answer, None, tokenizer)
+
+    def compute() -> torch.Tensor:
+        return compute_loss(model, [example() for _ in range(64)], None)
+
+    _optimise("look-ups", [(list(model.language_model.parameters()), 1.5e-3)], steps, compute)
+
+
+def train_together(
+    model: TinyLlavaVideo, tokenizer: PreTrainedTokenizerBase, pool: ScenePool, rng: np.random.Generator, steps: int
+) -> None:
+    """Stage 3: 40 samples a step in the proportions of `TASKS`."""
+    tasks = [task for task, share in TASKS.items() for _ in range(round(40 * share))]
+
+    def compute() -> torch.Tensor:
+        chosen = [int(i) for i in rng.integers(0, len(pool.scenes), len(tasks))]
+        examples = [build_example(t, pool.scenes[i], i, tokenizer, rng) for t, i in zip(tasks, chosen, strict=True)]
+        return compute_loss(model, examples, pool)
+
+    vision = [*model.vision_tower.parameters(), *model.connector.parameters()]
+    groups = [(vision, 5e-4), (list(model.language_model.parameters()), 1e-3)]
+    _optimise("captions and answers", groups, steps, compute)
+
+
+def build_example(
+    task: str, scene: Scene, index: int, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator
+) -> Example:
+    """One sample of a task about one scene."""
+    if task == "caption":
+        return _example(build_caption_text("").removesuffix("\n"), describe(scene) + "\n", index, tokenizer)
+    if task == "sentence":
+        asked, fact = scene.facts[rng.integers(len(scene.facts))]
+        return _example(build_prompt(asked, instruction=""), f" {fact}", index, tokenizer)
+    question = ask(scene, rng)
+    if task == "letter":
+        return _example(build_prompt(question.problem, instruction=DIRECT), f" {question.letter}", index, tokenizer)
+    if task == "lookup":
+        prompt = build_prompt(question.problem, instruction="").replace("<image>\n", "")
+        lines = [line.removesuffix(".").split(". ") for line in question.problem.splitlines()[2:]]
+        answer = "".join(f" {lines[i][1]} {lines[i][0]}." for i in rng.permutation(len(lines)))
+        return _example(prompt, answer, None, tokenizer)
+    raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+
+
+def _example(prompt: str, answer: str, scene: int | None, tokenizer: PreTrainedTokenizerBase) -> Example:
+    prompt_ids = tokenize_with_image(prompt, tokenizer)
+    answer_ids = [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
+    return Example(prompt_ids + answer_ids, [IGNORE_INDEX] * len(prompt_ids) + answer_ids, scene)
+
+
+def compute_loss(model: TinyLlavaVideo, examples: list[Example], pool: ScenePool | None) -> torch.Tensor:
+    """Cross-entropy where every sample weighs the square root of its number of answer tokens."""
+    shown = [example.scene for example in examples if example.scene is not None]
+    videos: Iterable[torch.Tensor] = []
+    if pool is not None:
+        pixels = pool.pixels(torch.tensor(shown))
+        videos = model.connect(model.encode_frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
+    remaining = iter(videos)
+    rows, labels = [], []
+    for example in examples:
+        ids, label = torch.tensor(example.input_ids), torch.tensor(example.labels)
+        if example.scene is None:
+            rows.append(model.language_model.model.embed_tokens(ids))
+        else:
+            rows.append(model.build_inputs_embeds(ids, next(remaining)))
+            label = F.pad(label, (rows[-1].shape[0] - len(ids), 0), value=IGNORE_INDEX)
+        labels.append(label)
+    embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
+    hidden = model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+    chosen = targets != IGNORE_INDEX
+    logits = model.language_model.lm_head(hidden[chosen])
+    loss = F.cross_entropy(logits.float(), targets[chosen], reduction="none")
+    counts = chosen.sum(1)
+    weight = (counts.rsqrt() / counts.sqrt().sum()).repeat_interleave(counts)
+    return (loss * weight).sum()
+
+
+def _optimise(
+    name: str, groups: list[tuple[list[nn.Parameter], float]], steps: int, compute: Callable[[], torch.Tensor]
+) -> None:
+    """AdamW with warm-up over 50 steps and a linear end over the last 40 %, gradients clipped to 1."""
+    tensors = [([p for p in parameters if p.requires_grad], rate) for parameters, rate in groups]
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for parameters, rate in tensors], betas=(0.9, 0.98), weight_decay=0.01
+    )
+    bar = tqdm(range(steps), desc=name, mininterval=5)
+    for step in bar:
+        scale = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (0.4 * steps) + 0.02)
+        for group, (_, rate) in zip(optimizer.param_groups, tensors, strict=True):
+            group["lr"] = rate * scale
+        with _fast_arithmetic(), sdpa_kernel(SDPBackend.MATH):  # bf16 flash attention on a CPU has a slow backward
+            loss = compute()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for parameters, _ in tensors for p in parameters], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def _fast_arithmetic() -> AbstractContextManager[None]:
+    """bfloat16 products where the CPU has instructions for them."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
+def main() -> None:
+    """Command line of the module."""
+    parser = argparse.ArgumentParser(description="Reproduce the demo's base model from nothing.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base_model")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pretrain(args.output, seed=args.seed)
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

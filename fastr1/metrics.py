@@ -1,0 +1,240 @@
+"""The run folder: metrics.jsonl, rollouts.jsonl, TensorBoard events, a progress line; phase timing and peak memory.
+
+metrics.jsonl holds one object per call of `RunLogger.log`: "step" (updates done) and named numbers. A number that is
+not finite is written as null, because JSON has no NaN. Names that `report.py` draws: reward, rewards/<part>,
+completion_length, kl, eval/accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+REPORTS = ("jsonl", "tensorboard")
+
+
+class RunLogError(ValueError):
+    """A run folder cannot be continued or a metric cannot be written. The message names the file and the remedy."""
+
+
+class RunLogger:
+    """Writes what a run reports; on ranks other than the main one every method does nothing.
+
+    Args:
+        output_dir: the run folder, created if needed.
+        report_to: any of "jsonl" and "tensorboard".
+        total_steps: updates of the whole run, for the progress line.
+        is_main: whether this process writes.
+        start_step: updates done before this process started. Rows of later steps, left by a run that stopped after its
+            last checkpoint, are dropped; 0 starts the files anew.
+        progress: the stream of the progress bar; where it is not a terminal, a plain line is printed about twenty
+            times per run instead.
+
+    Raises: RunLogError for an unknown report, or when a file to continue holds something else than rows of a run.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        report_to: Sequence[str],
+        total_steps: int,
+        is_main: bool,
+        *,
+        start_step: int = 0,
+        progress: TextIO | None = None,
+    ) -> None:
+        for name in report_to:
+            if name not in REPORTS:
+                raise RunLogError(f"report_to names {name!r}; choose from {', '.join(REPORTS)}")
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard: Any = None
+        self._progress: _Progress | None = None
+        if not is_main:
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if "jsonl" in report_to:
+            for name in (METRICS_FILE, ROLLOUTS_FILE):
+                _drop_rows_after(folder / name, start_step)
+                self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
+
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_DIR), purge_step=start_step + 1)
+        self._progress = _Progress(total_steps, start_step, progress or sys.stderr)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records named numbers of update `step` (the first update is 1) and moves the progress line there."""
+        if self._progress is None:
+            return
+        if "step" in metrics:
+            raise RunLogError('a metric is called "step", which is the name of the row number; rename it')
+        numbers = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._write(METRICS_FILE, {"step": step, **finite})
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        self._progress.update(step, numbers)
+
+    def log_rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Records completions with their question, rewards and advantage, one object per completion."""
+        if self._progress is not None:
+            for row in rows:
+                self._write(ROLLOUTS_FILE, {"step": step, **row})
+
+    def close(self) -> None:
+        """Flushes and closes everything; the logger must not be used afterwards."""
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._progress is not None:
+            self._progress.close()
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._files[name].flush()  # a run that is killed keeps every row
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics or rollouts file; a last line cut short by a killed process is left out.
+
+    Raises: RunLogError when the file is missing or any other line is not an object with an integer "step".
+    """
+    source = Path(path)
+    try:
+        lines = source.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise RunLogError(f"cannot read {source}: {error.strerror}; is this the folder of a run?") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        is_last = number == len(lines)  # without a newline behind it: empty, or cut short
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if is_last:
+                break
+            raise RunLogError(f"{source}:{number} is not JSON ({error}); repair or remove the line") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise RunLogError(f'{source}:{number} is not an object with an integer "step"; repair or remove the line')
+        rows.append(row)
+    return rows
+
+
+class PhaseTimer:
+    """Seconds spent in each named phase of a step, e.g. vision, rollout, reward, reference, train, optimizer.
+
+    On a CUDA device the queue is drained at both ends of a phase, so that a phase is charged for its own kernels.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._seconds: dict[str, float] = {}
+        self._is_open = False
+        self._step_start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`. Phases do not nest: seconds would count twice."""
+        assert not self._is_open, f"phase {name!r} was opened inside another phase"
+        self._is_open = True
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._is_open = False
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+
+    def pop_seconds(self) -> dict[str, float]:
+        """`time/<phase>_seconds` of every phase since the last call, and `time/step_seconds`, all time since then."""
+        now = self._now()
+        result = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
+        result["time/step_seconds"] = now - self._step_start
+        self._seconds = {}
+        self._step_start = now
+        return result
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Peak memory so far: torch's allocations on a CUDA device (since its last reset), the process's RSS on a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS reports bytes, Linux KiB
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Keeps the rows up to `step`, replacing the file in one move so that a crash loses nothing."""
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _Progress:
+    """A bar with the remaining time on a terminal, else a plain line about twenty times per run."""
+
+    def __init__(self, total_steps: int, start_step: int, stream: TextIO) -> None:
+        self._total = total_steps
+        self._stream = stream
+        self._first_step = self._step = start_step
+        self._start = time.perf_counter()
+        self._line_every = max(1, total_steps // 20)
+        self._next_line = start_step + 1
+        self._bar = (
+            tqdm(total=total_steps, initial=start_step, file=stream, unit="update", dynamic_ncols=True)
+            if stream.isatty()
+            else None
+        )
+
+    def update(self, step: int, numbers: dict[str, float]) -> None:
+        shown = {name: numbers[name] for name in ("reward", "loss", "eval/accuracy") if name in numbers}
+        num_new, self._step = max(step - self._step, 0), max(step, self._step)
+        if self._bar is not None:
+            if shown:
+                self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+            self._bar.update(num_new)
+            return
+        texts = [f"{name} {value:.3f}" for name, value in shown.items()]
+        if num_new:
+            if step < self._next_line and step != self._total:
+                return
+            self._next_line = step + self._line_every
+            seconds = (time.perf_counter() - self._start) / (step - self._first_step)
+            texts.append(f"{seconds:.2f} s per update, {_duration(seconds * max(self._total - step, 0))} left")
+        if texts:
+            print(f"step {step}/{self._total}  {'  '.join(texts)}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,183 @@
+"""Draws a run: reward and its parts, completion length, KL and accuracy over the updates, as one PNG.
+
+Reads metrics.jsonl of the run folder and, where present, summary.json, whose optional entries "title" (text) and
+"accuracy" ({label: accuracy between 0 and 1}, drawn as horizontal lines) describe results measured outside the run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastr1.metrics import METRICS_FILE, RunLogError, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+REPORT_FILE = "report.png"
+SUMMARY_FILE = "summary.json"
+
+Series = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,)
+
+_COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666")
+
+
+class ReportError(RunLogError):
+    """A run folder cannot be drawn. The message names the file and the remedy."""
+
+
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Draws the run in `run_dir` and returns the path of the PNG, `report.png` in that folder by default.
+
+    Raises: RunLogError when the folder holds no metrics, ReportError when it holds none that can be drawn.
+    """
+    folder = Path(run_dir)
+    series = read_series(folder / METRICS_FILE)
+    summary = _read_summary(folder / SUMMARY_FILE)
+    if not series:
+        raise ReportError(f"{folder / METRICS_FILE} has no numbers yet; wait for the first update")
+    target = Path(output) if output is not None else folder / REPORT_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display, whatever the user's matplotlib settings
+    axes = figure.subplots(2, 2)
+    figure.suptitle(str(summary.get("title", f"Run {folder.resolve().name}")), fontsize=14, fontweight="bold")
+    _draw_reward(axes[0, 0], series)
+    _draw_length(axes[0, 1], series)
+    _draw_kl(axes[1, 0], series)
+    _draw_accuracy(axes[1, 1], series, summary.get("accuracy", {}))
+    figure.savefig(str(target))
+    return target
+
+
+def read_series(path: Path) -> dict[str, Series]:
+    """Every metric as (steps, values), sorted by step; nulls become NaN, a later row of a step replaces an earlier."""
+    found: dict[str, dict[int, float]] = {}
+    for row in read_rows(path):
+        for name, value in row.items():
+            if name != "step" and (value is None or isinstance(value, (int, float))):
+                found.setdefault(name, {})[row["step"]] = float("nan") if value is None else float(value)
+    return {
+        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
+        for name, points in found.items()
+    }
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average over `window` values (half as many at both ends), ignoring NaN; NaN where all are NaN.
+
+    Shapes: values (n,) float → (n,) float. The result does not lag behind its input.
+    """
+    valid = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(valid, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(valid)])
+    positions = np.arange(len(values))
+    low = np.maximum(positions - window // 2, 0)
+    high = np.minimum(positions + window // 2 + 1, len(values))
+    count = counts[high] - counts[low]
+    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}; repair or remove it") from error
+    if not isinstance(summary, dict) or not isinstance(summary.get("accuracy", {}), dict):
+        raise ReportError(f'{path} must be an object and its "accuracy" an object of numbers; repair or remove it')
+    for label, value in summary.get("accuracy", {}).items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ReportError(f'{path}: accuracy of "{label}" is {value!r}; it must be a number between 0 and 1')
+    return summary
+
+
+def _draw_reward(axes: Axes, series: dict[str, Series]) -> None:
+    names = ["reward"] if "reward" in series else []
+    # A single reward function is the total itself: drawn once.
+    total = series.get("reward", (np.empty(0), np.empty(0)))[1]
+    parts = sorted(name for name in series if name.startswith("rewards/"))
+    names += [name for name in parts if not np.array_equal(series[name][1], total, equal_nan=True)]
+    for name, color in zip(names, _COLORS, strict=False):
+        label = "total" if name == "reward" else name.removeprefix("rewards/").replace("_", " ")
+        _draw_line(axes, series[name], label, color, width=2.4 if name == "reward" else 1.5)
+    _finish(axes, "Reward", "mean reward per completion", len(names))
+
+
+def _draw_length(axes: Axes, series: dict[str, Series]) -> None:
+    if "completion_length" in series:
+        _draw_line(axes, series["completion_length"], "completion length", _COLORS[0])
+    _finish(axes, "Completion length", "tokens per completion (mean)", int("completion_length" in series))
+    if "completion_length" in series:
+        axes.set_ylim(bottom=0)
+
+
+def _draw_kl(axes: Axes, series: dict[str, Series]) -> None:
+    if "kl" in series:
+        _draw_line(axes, series["kl"], "KL to the reference", _COLORS[0])
+        axes.set_ylim(bottom=min(0.0, float(np.nanmin(series["kl"][1], initial=0.0))))
+    _finish(
+        axes,
+        "KL to the reference model",
+        "nats per token (mean)",
+        int("kl" in series),
+        empty="not measured\n(no reference model)",
+    )
+
+
+def _draw_accuracy(axes: Axes, series: dict[str, Series], fixed: dict[str, float]) -> None:
+    train = sorted(name for name in series if name.startswith("rewards/") and "accuracy" in name)
+    held_out = sorted(name for name in series if name.startswith("eval/") and "accuracy" in name)
+    colors = iter(_COLORS * (len(train) + len(held_out) + len(fixed)))
+    for name in train:
+        _draw_line(axes, _percent(series[name]), "training rollouts (sampled)", next(colors))
+    for name in held_out:
+        label = "held-out" if name == "eval/accuracy" else name.removeprefix("eval/").replace("_", " ")
+        steps, values = _percent(series[name])
+        axes.plot(steps, values, "o-", color=next(colors), linewidth=1.8, markersize=5, label=label)
+    for label, value in fixed.items():
+        text = f"{label} ({100 * value:.0f} %)"
+        axes.axhline(100 * value, linestyle="--", linewidth=1.2, color=next(colors), label=text)
+    axes.set_ylim(-2, 102)
+    _finish(axes, "Accuracy", "correct answers (%)", len(train) + len(held_out) + len(fixed), always_legend=True)
+
+
+def _percent(points: Series) -> Series:
+    return points[0], 100 * points[1]
+
+
+def _draw_line(axes: Axes, points: Series, label: str, color: str, width: float = 2.0) -> None:
+    """The raw values, faint, and their moving average over a twentieth of the run."""
+    steps, values = points
+    window = max(1, len(values) // 20)
+    if window > 1:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    marker = "o" if len(values) == 1 else None  # a line through one point is invisible
+    axes.plot(steps, smooth(values, window), color=color, linewidth=width, label=label, marker=marker)
+
+
+def _finish(
+    axes: Axes, title: str, unit: str, num_lines: int, *, empty: str = "not measured", always_legend: bool = False
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, fontsize=12)
+    axes.set_xlabel("update")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if num_lines == 0:
+        axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="#666666")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    elif num_lines > 1 or always_legend:
+        axes.legend(fontsize=9, framealpha=0.85)

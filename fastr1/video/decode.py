@@ -1,0 +1,125 @@
+"""Load the wanted frames of a video file: the one door to both decoders.
+
+Refuses what is not a decodable video with `VideoError`; never gives another clip, fewer frames or a blank instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import stat
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastr1.schema import Clip
+from fastr1.video import pyav_backend, torchcodec_backend
+from fastr1.video.errors import REPLACE_FILE, VideoError
+from fastr1.video.indices import select_indices
+from fastr1.video.torchcodec_backend import TorchcodecUnavailableError
+
+BACKENDS = ("auto", "torchcodec", "pyav")
+TORCHCODEC_REMEDY = (
+    "Install torchcodec and FFmpeg 4 to 8, or run `python scripts/link_ffmpeg.py` (no root needed), "
+    'or set data.backend to "pyav".'
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_clip(
+    path: str | Path,
+    *,
+    num_frames: int = 16,
+    max_frames: int | None = None,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    num_ffmpeg_threads: int = 1,
+) -> Clip:
+    """Decode `num_frames` evenly spaced frames of one video, first and last included, onto `device`.
+
+    Args:
+        num_frames: frames to take; a shorter video repeats some. -1: one per second, at most `max_frames`.
+        backend: "torchcodec", "pyav", or "auto": torchcodec where it can be loaded. With torchcodec a CUDA `device`
+            also decodes on the GPU where it can. `Clip.backend` says what was used.
+        num_ffmpeg_threads: decoding threads for this clip; 0 leaves it to FFmpeg. Has no effect on the result.
+    Returns: the frames (F, 3, H, W) uint8 with their numbers and times. May be called from several threads at once.
+    Raises: VideoError if the file cannot be decoded; ValueError for an option out of range or a forced backend that
+        cannot be loaded.
+    """
+    if num_ffmpeg_threads < 0:
+        raise ValueError(f"num_ffmpeg_threads must be at least 0, got {num_ffmpeg_threads}")
+    # FFmpeg would take "a:b.mp4" for a protocol; an absolute path is always a file.
+    path = Path(path).absolute()
+    _check_is_file(path)
+    choose = functools.partial(select_indices, num_frames=num_frames, max_frames=max_frames)
+    decoder = _backend_module(backend)
+    return decoder.decode(path, choose, device=torch.device(device), num_ffmpeg_threads=num_ffmpeg_threads)
+
+
+def blank_clip(num_frames: int, height: int, width: int) -> Clip:
+    """Black frames, one per second: the video of the blind baseline."""
+    if min(num_frames, height, width) < 1:
+        raise ValueError(f"num_frames, height and width must be at least 1, got {num_frames}, {height}, {width}")
+    return Clip(
+        frames=torch.zeros(num_frames, 3, height, width, dtype=torch.uint8),
+        indices=tuple(range(num_frames)),
+        timestamps_seconds=tuple(float(index) for index in range(num_frames)),
+        source_fps=1.0,
+        duration_seconds=float(num_frames),
+        backend="blank",
+    )
+
+
+def backend_in_use(backend: str = "auto") -> str:
+    """The decoder that this setting of `backend` comes to here: "torchcodec" or "pyav"."""
+    return "pyav" if _backend_module(backend) is pyav_backend else "torchcodec"
+
+
+def describe_backend(backend: str = "auto") -> str:
+    """One line about that decoder, its version and, where "auto" had to do without torchcodec, why."""
+    module = _backend_module(backend)
+    if backend == "auto" and module is pyav_backend:
+        return f"{module.describe()}; no torchcodec: {_why_no_torchcodec()}"
+    return module.describe()
+
+
+@functools.cache  # so that the reason for doing without torchcodec is logged once
+def _backend_module(backend: str) -> ModuleType:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "pyav":
+        return pyav_backend
+    reason = _why_no_torchcodec()
+    if reason is None:
+        return torchcodec_backend
+    if backend == "torchcodec":
+        raise ValueError(f'backend "torchcodec" cannot be loaded: {reason}. {TORCHCODEC_REMEDY}')
+    logger.warning("decoding videos with PyAV on the CPU; torchcodec cannot be loaded: %s", reason)
+    return pyav_backend
+
+
+def _why_no_torchcodec() -> str | None:
+    try:
+        torchcodec_backend.load_torchcodec()
+    except TorchcodecUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _check_is_file(path: Path) -> None:
+    """Name the plain reasons in plain words before a decoder turns them into its own."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError(path, "is not a regular file")
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise VideoError(path, "does not exist", f"Check the path and data.video_root. {REPLACE_FILE}") from error
+    except OSError as error:
+        raise VideoError(path, f"cannot be read ({error.strerror})", "Check the path and its permissions.") from error
+    if status.st_size == 0:
+        raise VideoError(path, "is empty")

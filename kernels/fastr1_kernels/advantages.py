@@ -1,0 +1,65 @@
+"""Group-relative advantages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .validation import check_advantage_options, check_count, check_integers, check_rewards, require
+
+
+def group_advantages(
+    rewards: Tensor,  # (B,)
+    num_generations: int | None = None,
+    *,
+    group_ids: Tensor | None = None,  # (B,) integers
+    scale_rewards: str = "group",
+    eps: float = 1e-4,
+    leave_one_out: bool = False,
+    noise_std: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A = (r - mean) / (std + eps) among the completions of one prompt.
+
+    Groups are consecutive runs of `num_generations` rewards, or, where they are uneven, equal values of `group_ids`.
+
+    Args:
+        scale_rewards: "group" divides by the unbiased deviation of the group, "batch" by that of all rewards; "none"
+            does not divide.
+        leave_one_out: the baseline is the mean of the other completions of the group.
+        noise_std: adds N(0, noise_std²), drawn with `generator`, to every advantage; so a group of equal rewards gets
+            noise alone.
+
+    Returns:
+        (B,) float32 (float64 for float64 rewards), detached. Before noise it is exactly 0 in a group whose rewards are
+        all equal and in a group of one. A NaN reward means "could not be scored": it takes no part in the statistics
+        and its advantage is 0, with noise too.
+
+    Raises:
+        ValueError: an infinite reward, a group size that does not divide B, an unknown option.
+
+    Source: arXiv 2402.03300 §4.1.2 (group mean and deviation); arXiv 2503.20783 (scale_rewards="none").
+    """
+    check_rewards(rewards)
+    check_advantage_options(scale_rewards, eps, noise_std)
+    if (num_generations is None) == (group_ids is None):
+        raise ValueError(f"num_generations={num_generations} and group_ids: give exactly one of them")
+    if num_generations is not None:
+        check_count("num_generations", num_generations)
+        whole = len(rewards) % num_generations == 0
+        require(
+            whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
+        )
+        group_ids = torch.arange(len(rewards), device=rewards.device) // num_generations
+    assert group_ids is not None
+    check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
+    return reference.group_advantages(
+        rewards,
+        group_ids,
+        scale_rewards=scale_rewards,
+        eps=eps,
+        leave_one_out=leave_one_out,
+        noise_std=noise_std,
+        generator=generator,
+    )

@@ -1,0 +1,256 @@
+"""The specification: every public operation once, in plain torch, without memory tricks.
+
+It runs in float32 (half types are raised to it) and, given float64, in float64, which is the gold of the tests. Nothing
+is validated here; the public functions of `losses`, `logps` and `advantages` do that.
+
+Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary, K groups.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyOptions:
+    """Everything that chooses the objective, as keywords of `grpo_loss` and `linear_grpo_loss`."""
+
+    loss_type: str = "dapo"  # grpo | bnpo | dr_grpo | dapo | tinyllava_video_r1
+    beta: float = 0.0  # weight of the KL term
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon ...
+    epsilon_high: float | None = None  # ... and above 1 + epsilon_high; None: epsilon
+    delta: float | None = None  # upper bound of the ratio where the advantage is negative
+    importance_sampling_level: str = "token"  # token | sequence
+    kl_estimator: str = "k3"  # k1 | k2 | k3
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    max_completion_length: int | None = None  # read by dr_grpo only
+    normalizer: float | Tensor | None = None  # global number of loss tokens (dapo, bnpo) or sequences (the others)
+    log_ratio_clamp: float | None = 20.0  # bound of |log ratio| before exp; None: bounded by overflow only
+    sampler_correction: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
+    sampler_cap: float = 3.0  # largest trainer/sampler ratio: larger ones are cut to it or masked
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half types, integers and booleans to float32; float32 and float64 unchanged."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def selective_log_softmax(
+    logits: Tensor,  # (..., V)
+    token_ids: Tensor,  # (...,)
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution, both (...,)."""
+    log_probs = F.log_softmax(upcast(logits) / temperature, dim=-1)
+    logps = log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    # A column of -inf has probability 0 and adds 0 to the entropy, not 0 · (-inf).
+    finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
+    return logps, -(log_probs.exp() * finite).sum(-1)
+
+
+def linear_logits(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """The logits of a linear head, (..., V). The product is taken in the dtype of the inputs."""
+    return shape_logits(F.linear(hidden, weight, bias), softcap, logit_scale)
+
+
+def shape_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """z = logit_scale · logits, then softcap · tanh(z / softcap) where there is a cap."""
+    logits = upcast(logits) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_logps(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    token_ids: Tensor,  # (...,)
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`selective_log_softmax` of the logits of a linear head."""
+    return selective_log_softmax(linear_logits(hidden, weight, bias, softcap, logit_scale), token_ids, temperature)
+
+
+def group_advantages(
+    rewards: Tensor,  # (B,), NaN = unscorable
+    group_ids: Tensor,  # (B,) integers, any values
+    *,
+    scale_rewards: str = "group",
+    eps: float = 1e-4,
+    leave_one_out: bool = False,
+    noise_std: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(r - mean) / (std + eps) within each group, std unbiased; 0 where a group has fewer than two distinct rewards."""
+    rewards = upcast(rewards.detach())
+    scored = ~rewards.isnan()
+    labels, group = group_ids.unique(return_inverse=True)
+    member = (group == torch.arange(len(labels), device=group.device)[:, None]) & scored  # (K, B)
+    count = member.sum(1)
+    mean = torch.where(member, rewards, 0.0).sum(1) / count.clamp(min=1)
+    highest = torch.where(member, rewards, -math.inf).amax(1)
+    lowest = torch.where(member, rewards, math.inf).amin(1)
+
+    centred = rewards - mean[group]
+    if leave_one_out:  # r minus the mean of the others
+        centred = centred * count[group] / (count - 1).clamp(min=1)[group]
+    if scale_rewards == "group":
+        square = torch.where(member, (rewards - mean[:, None]).square(), 0.0).sum(1)
+        centred = centred / ((square / (count - 1).clamp(min=1)).sqrt()[group] + eps)
+    elif scale_rewards == "batch":
+        deviation = rewards[scored] - rewards[scored].mean()
+        centred = centred / ((deviation.square().sum() / max(len(deviation) - 1, 1)).sqrt() + eps)
+    # Equal rewards have a rounding residue for a deviation; divided by eps it would train on noise.
+    advantages = torch.where((highest > lowest)[group], centred, 0.0)
+    if noise_std:
+        noise = torch.randn(rewards.shape, generator=generator, dtype=rewards.dtype, device=rewards.device)
+        advantages = advantages + noise_std * noise
+    return torch.where(scored, advantages, 0.0)
+
+
+def kl_divergence(logps: Tensor, ref_logps: Tensor, estimator: str = "k3", clamp: float | None = 20.0) -> Tensor:
+    """Per-token estimate of KL(policy ‖ reference) with q = ref_logps - logps: k1 = -q, k2 = q²/2, k3 = eᵠ - q - 1."""
+    q = ref_logps - logps
+    if estimator == "k1":
+        return -q
+    if estimator == "k2":
+        return q.square() / 2
+    limit = exponent_limit(q.dtype, clamp)
+    return _k3(q.clamp(-limit, limit))
+
+
+def _k3(q: Tensor) -> Tensor:
+    """eᵠ - q - 1 without cancellation: near 0 its Taylor series, which autograd differentiates as accurately."""
+    small = q.clamp(-0.03, 0.03)
+    series = torch.ones_like(q)
+    for n in (8, 7, 6, 5, 4, 3):
+        series = 1 + small / n * series
+    return torch.where(q.abs() < 0.03, small.square() / 2 * series, torch.expm1(q) - q)
+
+
+def exponent_limit(dtype: torch.dtype, clamp: float | None) -> float:
+    """Largest |x| handed to exp. Beyond it exp overflows, and the gradient of an unselected inf is NaN."""
+    overflow = float(math.floor(math.log(torch.finfo(dtype).max)))
+    return overflow if clamp is None else min(clamp, overflow)
+
+
+def policy_loss_from_logps(
+    logps: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool, True = loss token
+    advantages: Tensor,  # (B,) or (B, T)
+    options: PolicyOptions,
+    *,
+    old_logps: Tensor | None = None,  # (B, T); None: on-policy
+    ref_logps: Tensor | None = None,  # (B, T)
+    sampler_logps: Tensor | None = None,  # (B, T)
+    entropy: Tensor | None = None,  # (B, T)
+) -> tuple[Tensor, Metrics]:
+    """Reduce log-probabilities to the loss (0-d) and to metrics: name → (sum, count) over the loss tokens."""
+    # Masking comes before every exp: exp(200) · 0 is NaN, in the value or in the gradient.
+    logps = torch.where(mask, upcast(logps), 0.0)
+    old = logps.detach() if old_logps is None else _constant(old_logps, mask, logps.dtype)
+    advantages = advantages.detach().to(logps.dtype)
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    limit = exponent_limit(logps.dtype, options.log_ratio_clamp)
+    count = mask.sum()
+    metrics: Metrics = {}
+
+    def record(name: str, value: Tensor) -> None:
+        metrics[name] = (torch.where(mask, value.detach().to(logps.dtype), 0.0).sum(), count)
+
+    log_ratio = logps - old
+    if options.importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.clamp(-limit, limit).exp()
+    record("ratio", ratio)
+    if options.loss_type == "tinyllava_video_r1":
+        per_token = -ratio * advantages
+    else:
+        low = 1 - options.epsilon
+        high = 1 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
+        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        per_token = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
+        record("clip_low", (ratio < low) & (advantages < 0))
+        record("clip_high", (ratio > high) & (advantages > 0))
+
+    if sampler_logps is not None:
+        sampler_weight = _sampler_weight(old - _constant(sampler_logps, mask, logps.dtype), options, limit)
+        per_token = per_token * sampler_weight
+        record("sampler_weight", sampler_weight)
+    if ref_logps is not None:
+        ref = _constant(ref_logps, mask, logps.dtype)
+        if options.loss_type == "tinyllava_video_r1":
+            # The original bounds the output; above 20 it is 100 with gradient 0 either way.
+            kl = _k3((ref - logps).clamp(max=20.0)).clamp(-100.0, 100.0)
+        else:
+            kl = kl_divergence(logps, ref, options.kl_estimator, options.log_ratio_clamp)
+        record("kl", kl)
+        per_token = per_token + options.beta * kl if options.beta else per_token
+
+    loss = _reduce(per_token, mask, options)
+    if entropy is not None:
+        record("entropy", entropy)
+        if options.entropy_coef:
+            loss = loss - options.entropy_coef * _reduce(entropy, mask, options)
+    return loss, metrics
+
+
+def _constant(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(mask, x.detach().to(dtype), 0.0)
+
+
+def _sampler_weight(log_ratio: Tensor, options: PolicyOptions, limit: float) -> Tensor:
+    """Trainer/sampler ratio of a token or of its whole sequence, cut to the cap or dropped beyond it."""
+    level, _, action = options.sampler_correction.partition("_")
+    log_ratio = log_ratio.sum(1, keepdim=True) if level == "sequence" else log_ratio
+    weight = log_ratio.clamp(-limit, limit).exp()
+    if action == "truncate":
+        return weight.clamp(max=options.sampler_cap)
+    return torch.where(weight > options.sampler_cap, 0.0, weight)
+
+
+def _reduce(per_token: Tensor, mask: Tensor, options: PolicyOptions) -> Tensor:
+    """Masked sum of (B, T), or sum of per-sequence means, over a denominator that may be that of a larger batch."""
+    total = torch.where(mask, per_token, 0.0)
+    denominator = options.normalizer
+    if options.loss_type in ("grpo", "tinyllava_video_r1"):
+        total = total.sum(1) / mask.sum(1).clamp(min=1)
+    if denominator is None:
+        denominator = mask.sum() if options.loss_type in ("dapo", "bnpo") else mask.shape[0]
+    denominator = torch.as_tensor(denominator, dtype=per_token.dtype, device=per_token.device)
+    if options.loss_type == "dr_grpo":
+        assert options.max_completion_length is not None
+        denominator = denominator * options.max_completion_length
+    # A denominator of 0 means that there is no loss token anywhere: loss 0 and gradients 0.
+    return total.sum() / torch.where(denominator == 0, math.inf, denominator)
+
+
+def grpo_loss(
+    logits: Tensor,  # (B, T, V)
+    token_ids: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    advantages: Tensor,  # (B,) or (B, T)
+    options: PolicyOptions,
+    *,
+    temperature: float = 1.0,
+    **other_logps: Tensor | None,  # old_logps, ref_logps, sampler_logps
+) -> tuple[Tensor, Metrics]:
+    """`policy_loss_from_logps` of padded logits."""
+    logits = torch.where(mask[..., None], logits, 0.0)
+    logps, entropy = selective_log_softmax(logits, torch.where(mask, token_ids, 0), temperature)
+    return policy_loss_from_logps(logps, mask, advantages, options, entropy=entropy, **other_logps)

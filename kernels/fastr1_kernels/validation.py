@@ -1,0 +1,230 @@
+"""Argument checks: every refusal is a `ValueError` with the value received and the remedy.
+
+Checks of values (token ids, rewards, cu_seqlens) read the tensor, which on a GPU waits for the device once each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import PolicyOptions
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "tinyllava_video_r1")
+SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossArguments(PolicyOptions):
+    """The keywords that `grpo_loss` and `linear_grpo_loss` share. "Per token" is the shape of token_ids."""
+
+    mask: Tensor | None = None  # per token, bool or 0/1 integers, True = loss token; None: all
+    cu_seqlens: Tensor | None = None  # (B + 1,) integers, packed input only: sequence b is rows [b] to [b + 1]
+    rewards: Tensor | None = None  # (R,), of this call (R = B) or, with sequence_index, of the whole update
+    num_generations: int | None = None  # G: rewards come in consecutive groups of G
+    group_ids: Tensor | None = None  # (R,) integers: the group of each reward, for uneven groups
+    sequence_index: Tensor | None = None  # (B,) integers: the row of `rewards` that belongs to each sequence
+    advantages: Tensor | None = None  # (B,) or per token; instead of rewards
+    scale_rewards: str = "group"  # divide by the deviation of the group | batch | none
+    advantage_eps: float = 1e-4
+    leave_one_out: bool = False  # baseline: mean of the other completions of the group
+    old_logps: Tensor | None = None  # per token, of the policy before the update; None: on-policy
+    ref_logps: Tensor | None = None  # per token, of the reference policy
+    sampler_logps: Tensor | None = None  # per token, of the engine that sampled
+    temperature: float = 1.0  # logits are divided by it
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name}={value!r} is not supported: use one of {', '.join(choices)}")
+
+
+def check_number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
+    """Refuse what is not a finite Python number greater than `above` and not below `at_least`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    bound = f" > {above}" if above > -math.inf else f" >= {at_least}" if at_least > -math.inf else ""
+    ok = is_number and math.isfinite(value) and value > above and value >= at_least  # type: ignore[arg-type, operator]
+    require(ok, f"{name}={value!r}: give a finite number{bound}")
+
+
+def check_count(name: str, value: object) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(ok, f"{name}={value!r}: give an integer >= 1")
+
+
+def check_shape(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}: give a tensor")
+    require(tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}: expected {shape}")
+    require(x.device == device, f"{name} is on {x.device}: move it to {device}")
+
+
+def check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check_shape(name, x, shape, device)
+    ok = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+    require(ok, f"{name} has dtype {x.dtype}: give integers")
+
+
+def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check_shape(name, x, shape, device)
+    require(x.is_floating_point(), f"{name} has dtype {x.dtype}: give floating point")
+
+
+def check_rows(name: str, rows: Tensor, token_ids: Tensor) -> None:
+    """`rows` (..., n) floating point beside `token_ids` (...)."""
+    require(isinstance(rows, Tensor) and rows.is_floating_point(), f"{name}: give a floating-point tensor")
+    require(rows.dim() >= 1 and rows.shape[-1] >= 1, f"{name} has shape {tuple(rows.shape)}: the last axis is empty")
+    check_integers("token_ids", token_ids, tuple(rows.shape[:-1]), rows.device)
+
+
+def check_token_ids(token_ids: Tensor, vocabulary: int, mask: Tensor | None = None) -> None:
+    """Every id, or every id of a loss token, is a column. Ids of other tokens may be anything (-100, padding)."""
+    bad = (token_ids < 0) | (token_ids >= vocabulary)
+    bad = bad if mask is None else bad & mask
+    if bad.any():
+        received = token_ids[bad][0].item()
+        raise ValueError(f"token id {received} is outside the vocabulary of {vocabulary}: fix it or mask it out")
+
+
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, chunk: int | None
+) -> None:
+    require(isinstance(weight, Tensor) and weight.dim() == 2, "weight: give a (V, D) tensor")
+    require(weight.dtype == hidden.dtype, f"weight is {weight.dtype} and hidden {hidden.dtype}: cast one to the other")
+    check_floats("weight", weight, (weight.shape[0], hidden.shape[-1]), hidden.device)
+    if bias is not None:
+        check_floats("bias", bias, (weight.shape[0],), hidden.device)
+        require(bias.dtype == hidden.dtype, f"bias is {bias.dtype} and hidden {hidden.dtype}: cast one to the other")
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    check_number("logit_scale", logit_scale)
+    if chunk is not None:
+        check_count("chunk_size", chunk)
+
+
+def check_options(options: PolicyOptions) -> None:
+    """Check the scalars that choose the objective, and refuse what the chosen objective would ignore."""
+    check_choice("loss_type", options.loss_type, LOSS_TYPES)
+    check_choice("importance_sampling_level", options.importance_sampling_level, ("token", "sequence"))
+    check_choice("kl_estimator", options.kl_estimator, ("k1", "k2", "k3"))
+    check_choice("sampler_correction", options.sampler_correction, SAMPLER_CORRECTIONS)
+    check_number("beta", options.beta, at_least=0)
+    check_number("epsilon", options.epsilon, at_least=0)
+    check_number("entropy_coef", options.entropy_coef)
+    check_number("sampler_cap", options.sampler_cap, above=0)
+    if options.log_ratio_clamp is not None:
+        check_number("log_ratio_clamp", options.log_ratio_clamp, above=0)
+    if options.epsilon_high is not None:
+        check_number("epsilon_high", options.epsilon_high, at_least=0)
+    if options.delta is not None:
+        high = options.epsilon if options.epsilon_high is None else options.epsilon_high
+        check_number("delta", options.delta, above=1 + high)
+    if options.max_completion_length is not None:
+        check_count("max_completion_length", options.max_completion_length)
+    _check_normalizer(options.normalizer)
+    if options.loss_type == "dapo" and options.normalizer is None:
+        raise ValueError(
+            "loss_type='dapo' divides by the number of loss tokens of the whole update: give normalizer "
+            "(mask.sum() where this call is the whole update), or use loss_type='bnpo' for the tokens of this call"
+        )
+    if options.loss_type == "dr_grpo" and options.max_completion_length is None:
+        raise ValueError("loss_type='dr_grpo' divides by max_completion_length=None: give the length limit")
+    if options.loss_type == "tinyllava_video_r1":
+        unused = {"epsilon_high": None, "delta": None, "importance_sampling_level": "token", "kl_estimator": "k3"}
+        for name, value in unused.items():
+            received = getattr(options, name)
+            require(
+                received == value,
+                f"{name}={received!r} has no effect on the unclipped loss_type='tinyllava_video_r1': use 'grpo'",
+            )
+
+
+def _check_normalizer(normalizer: float | Tensor | None) -> None:
+    if isinstance(normalizer, Tensor):
+        require(normalizer.dim() == 0, f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
+    elif normalizer is not None:
+        check_number("normalizer", normalizer, at_least=0)
+
+
+def check_advantage_options(scale_rewards: str, eps: float, noise_std: float = 0.0) -> None:
+    check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
+    check_number("eps", eps, at_least=0)
+    check_number("noise_std", noise_std, at_least=0)
+
+
+def check_rewards(rewards: Tensor) -> None:
+    require(isinstance(rewards, Tensor), f"rewards is a {type(rewards).__name__}: give a tensor")
+    ok = rewards.dim() == 1 and len(rewards) > 0 and not rewards.is_complex()
+    require(ok, f"rewards has shape {tuple(rewards.shape)} and dtype {rewards.dtype}: give (B,) real numbers, B >= 1")
+    infinite = rewards.isinf()
+    if infinite.any():
+        position = int(infinite.nonzero()[0, 0])
+        value = rewards[position].item()
+        raise ValueError(f"reward {position} is {value}: give a finite number, or NaN for a completion without score")
+
+
+def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences B of padded token_ids (B, T), or of packed token_ids (N,) with cu_seqlens."""
+    shape = tuple(token_ids.shape)
+    if token_ids.dim() == 2:
+        require(cu_seqlens is None, f"cu_seqlens is for packed token_ids (N,): token_ids has shape {shape}")
+        return shape[0]
+    require(token_ids.dim() == 1, f"token_ids has shape {shape}: give (B, T), or (N,) with cu_seqlens")
+    if cu_seqlens is None:
+        raise ValueError(f"packed token_ids {shape} need cu_seqlens, the (B + 1,) boundaries of the sequences")
+    check_integers("cu_seqlens", cu_seqlens, (cu_seqlens.numel(),), token_ids.device)
+    bounds = cu_seqlens.tolist()
+    ok = bool(bounds) and bounds[0] == 0 and bounds[-1] == shape[0] and bounds == sorted(bounds)
+    require(ok, f"cu_seqlens={bounds}: boundaries must rise from 0 to the {shape[0]} rows of token_ids")
+    return len(bounds) - 1
+
+
+def check_mask(mask: Tensor | None, token_ids: Tensor) -> Tensor:
+    """The mask as bool, all True where None is given."""
+    if mask is None:
+        return torch.ones_like(token_ids, dtype=torch.bool)
+    check_shape("mask", mask, tuple(token_ids.shape), token_ids.device)
+    require(not mask.is_floating_point(), f"mask has dtype {mask.dtype}: give bool or 0/1 integers")
+    return mask.bool()
+
+
+def check_loss_arguments(arguments: LossArguments, token_ids: Tensor, mask: Tensor, num_sequences: int) -> None:
+    """Check everything but the logits and the values of the ids."""
+    check_options(arguments)
+    check_number("temperature", arguments.temperature, above=0)
+    for name in ("old_logps", "ref_logps", "sampler_logps"):
+        if (logps := getattr(arguments, name)) is not None:
+            check_floats(name, logps, tuple(token_ids.shape), token_ids.device)
+    if arguments.beta and arguments.ref_logps is None:
+        raise ValueError(f"beta={arguments.beta} needs ref_logps: give them, or beta=0")
+    if arguments.loss_type == "tinyllava_video_r1" and arguments.old_logps is not None:
+        raise ValueError("old_logps has no effect on the on-policy loss_type='tinyllava_video_r1': use 'grpo'")
+    if not isinstance(arguments.normalizer, Tensor) and arguments.normalizer == 0 and mask.any():
+        raise ValueError("normalizer=0, but this call has loss tokens: count them in")
+    _check_advantage_source(arguments, token_ids, num_sequences)
+
+
+def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_sequences: int) -> None:
+    check_advantage_options(arguments.scale_rewards, arguments.advantage_eps)
+    rewards, advantages, index = arguments.rewards, arguments.advantages, arguments.sequence_index
+    require((rewards is None) != (advantages is None), "give exactly one of rewards and advantages")
+    if advantages is not None:
+        for name in ("num_generations", "group_ids", "sequence_index"):
+            require(getattr(arguments, name) is None, f"{name} describes rewards: leave it out with advantages")
+        per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (num_sequences,)
+        shape = (num_sequences,) if per_sequence else tuple(token_ids.shape)
+        check_floats("advantages", advantages, shape, token_ids.device)
+    elif index is None:
+        check_shape("rewards", rewards, (num_sequences,), token_ids.device)
+    elif rewards is not None:
+        check_integers("sequence_index", index, (num_sequences,), token_ids.device)
+        check_shape("rewards", rewards, (len(rewards),), token_ids.device)
+        bad = (index < 0) | (index >= len(rewards))
+        require(not bad.any(), f"sequence_index={index.tolist()} leaves the {len(rewards)} rewards")

@@ -1,0 +1,258 @@
+"""The `fastr1` command and the script that launchers run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fastr1 import cli, train
+from fastr1.schema import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMANDS = ["train", "sft", "eval", "chat", "demo-data", "demo", "report", "doctor"]
+MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MINIMAL))
+    return path
+
+
+class Recorder:
+    """Stands in for a module whose functions record how they were called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, name: str, result: Any = None) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        fake = ModuleType(module)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((args, kwargs))
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        setattr(fake, name, record)
+        monkeypatch.setitem(sys.modules, module, fake)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "example:" in text
+    example = text.split("example:\n")[1].strip()
+    words = shlex.split(example)
+    assert words[:2] == ["fastr1", name]
+    cli.build_parser().parse_args(words[1:])
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"    {name}" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["train"],
+        ["train", "--config"],
+        ["eval", "--model", "m"],
+        ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--num-frames", "0"],
+        ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--batch-size", "-1"],
+        ["chat", "m", "v"],
+        ["chat", "m", "v", "q", "--temperature", "-1"],
+        ["chat", "m", "v", "q", "--temperature", "nan"],
+        ["chat", "m", "v", "q", "--temperature", "hot"],
+        ["demo-data", "--num-train", "many"],
+        ["report"],
+    ],
+)
+def test_wrong_command_lines_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "_positive" not in capsys.readouterr().err
+
+
+def test_our_errors_are_one_line_and_exit_code_two(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", str(config), "--set", "optim.learnig_rate=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --set optim.learnig_rate=1: ")
+    assert captured.err.count("\n") == 1
+    assert "optim.learning_rate" in captured.err
+    assert captured.out == ""
+
+
+def test_our_errors_keep_their_traceback_when_debugging(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTR1_DEBUG", "1")
+    with pytest.raises(cli.ConfigError):
+        cli.main(["train", "--config", str(config), "--set", "grpo.beta=-1"])
+
+
+def test_other_errors_are_not_dressed_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch, "fastr1.trainer", "run_grpo", ValueError("from a library"))
+    with pytest.raises(ValueError, match="from a library"):
+        cli.main(["train", "--config", str(config)])
+
+
+def test_errors_from_inside_a_run_are_reported_too(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Recorder(monkeypatch, "fastr1.trainer", "run_grpo", DataError("t.jsonl:3: no such video"))
+    assert cli.main(["train", "--config", str(config)]) == 2
+    assert capsys.readouterr().err == "error: t.jsonl:3: no such video\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "module", "function"),
+    [("train", "grpo", "fastr1.trainer", "run_grpo"), ("sft", "sft", "fastr1.sft", "run_sft")],
+)
+def test_training_commands_run_their_task_with_the_overrides(
+    config: Path, monkeypatch: pytest.MonkeyPatch, command: str, task: str, module: str, function: str
+) -> None:
+    recorder = Recorder(monkeypatch, module, function)
+    settings = ["--set", f"task={task}", "--set", "run.seed=7"]
+    assert cli.main([command, "--config", str(config), *settings]) == 0
+    assert train.main(["--local_rank=0", "--config", str(config), *settings]) == 0
+    assert [(args[0].task, args[0].run.seed) for args, _ in recorder.calls] == [(task, 7), (task, 7)]
+
+
+@pytest.mark.parametrize(("command", "task", "other"), [("train", "sft", "sft"), ("sft", "grpo", "train")])
+def test_a_command_refuses_a_config_of_the_other_task(
+    config: Path, capsys: pytest.CaptureFixture[str], command: str, task: str, other: str
+) -> None:
+    assert cli.main([command, "--config", str(config), "--set", f"task={task}"]) == 2
+    assert f"task is '{task}'; run `fastr1 {other}`" in capsys.readouterr().err
+
+
+def test_eval_passes_its_options_and_prints_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(monkeypatch, "fastr1.evaluate", "evaluate_checkpoint", {"accuracy": 0.5})
+    options = "--model m --data-file d.jsonl --video-root v --num-frames -1 --limit 3 --blank-video --device cpu"
+    assert cli.main(["eval", *options.split()]) == 0
+    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5}
+    assert recorder.calls == [
+        (
+            (),
+            {
+                "model_path": "m",
+                "data_file": "d.jsonl",
+                "video_root": "v",
+                "num_frames": -1,
+                "batch_size": 8,
+                "max_completion_length": 512,
+                "limit": 3,
+                "blank_video": True,
+                "device": "cpu",
+                "output": None,
+            },
+        )
+    ]
+
+
+def test_chat_passes_its_options_and_prints_the_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = type("ChatAnswer", (), {"text": "<think> x </think> <answer> A </answer>"})()
+    recorder = Recorder(monkeypatch, "fastr1.chat", "chat", answer)
+    assert cli.main(["chat", "m", "v.mp4", "Which?\\nOptions:", "--temperature", "0.5"]) == 0
+    assert capsys.readouterr().out == answer.text + "\n"
+    args, options = recorder.calls[0]
+    assert args == ("m", "v.mp4", "Which?\nOptions:")
+    assert options == {"num_frames": 16, "max_completion_length": 512, "temperature": 0.5, "device": None}
+
+
+def test_demo_commands_pass_their_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Recorder(monkeypatch, "fastr1.demo.dataset", "write_demo_dataset")
+    demo = Recorder(monkeypatch, "fastr1.demo.pipeline", "run_demo")
+    cli.main(["demo-data", "--output-dir", str(tmp_path), "--num-train", "4", "--num-test", "2", "--seed", "9"])
+    cli.main(["demo", "--output-dir", str(tmp_path), "--seed", "3"])
+    assert data.calls == [((tmp_path,), {"num_train": 4, "num_test": 2, "seed": 9})]
+    assert demo.calls == [((tmp_path,), {"seed": 3})]
+
+
+def test_report_command_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.png'}\n"
+    assert (tmp_path / "report.png").exists()
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
+
+
+def run_script(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in `folder` with nothing of this project installed or on the path."""
+    blocker = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]; "
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", blocker + code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+SCRIPT = REPOSITORY / "fastr1" / "train.py"
+# What `python fastr1/train.py …` does: the folder of the script is first on the path.
+RUN = (
+    f"import runpy; sys.path[:1] = [{str(SCRIPT.parent)!r}]; sys.argv = ['train.py', *ARGUMENTS]\n"
+    f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    "except SystemExit as error: print('code', error.code)\n"
+)
+
+
+def test_script_reports_a_wrong_config_without_importing_torch(tmp_path: Path) -> None:
+    arguments = ["--config", str(REPOSITORY / "configs" / "grpo.json"), "--set", "grpo.bta=1", "--local_rank=0"]
+    check = "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = run_script(tmp_path, RUN.replace("ARGUMENTS", repr(arguments)) + check)
+    assert done.stdout.splitlines() == ["code 2", "False False"], done.stderr
+    assert done.stderr == "error: --set grpo.bta=1: unknown key 'grpo.bta'; did you mean 'grpo.beta'?\n"
+
+
+def test_script_finds_both_packages_and_keeps_its_folder_off_the_path(tmp_path: Path) -> None:
+    check = (
+        "from importlib.util import find_spec as find\n"
+        "print(find('fastr1').origin, find('fastr1_kernels').origin, find('schema'), find('config'))"
+    )
+    done = run_script(tmp_path, RUN.replace("ARGUMENTS", "['--help']") + check)
+    lines = done.stdout.splitlines()
+    assert "code 0" in lines, done.stderr
+    package, kernels = REPOSITORY / "fastr1" / "__init__.py", REPOSITORY / "kernels" / "fastr1_kernels" / "__init__.py"
+    assert lines[-1] == f"{package} {kernels} None None"
+
+
+def test_importing_the_script_as_a_module_leaves_the_path_alone() -> None:
+    done = run_script(REPOSITORY, "before = list(sys.path); import fastr1.train; print(before == sys.path)")
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_launcher_rank_reaches_the_environment_unless_set(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch, "fastr1.trainer", "run_grpo")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    train.main(["--local_rank", "3", "--config", str(config)])
+    assert os.environ["LOCAL_RANK"] == "3"
+    train.main(["--local_rank", "1", "--config", str(config)])
+    assert os.environ["LOCAL_RANK"] == "3"
+    monkeypatch.delenv("LOCAL_RANK")
+    train.main(["--local_rank", "-1", "--config", str(config)])
+    assert "LOCAL_RANK" not in os.environ
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    code = "import fastr1.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = run_script(REPOSITORY, code)
+    assert done.stdout.splitlines()[-1] == "False"

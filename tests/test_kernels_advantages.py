@@ -1,0 +1,158 @@
+"""Group advantages: the formula by hand, and every case in which the formula would lie."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from conftest import shared_path
+from fastr1_kernels import group_advantages
+from safetensors.torch import load_file
+
+NAN, INF = float("nan"), float("inf")
+
+
+def advantages_by_hand(groups: list[list[float]], scale: str, eps: float, leave_one_out: bool) -> list[float]:
+    """The definition, in Python floats, with the standard library's statistics."""
+    everything = [r for group in groups for r in group]
+    out = []
+    for group in groups:
+        for i, reward in enumerate(group):
+            others = group[:i] + group[i + 1 :] if leave_one_out else group
+            centred = reward - statistics.mean(others)
+            std = {"group": group, "batch": everything}.get(scale)
+            out.append(centred / (statistics.stdev(std) + eps) if std else centred)
+    return out
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_advantages_match_the_definition(scale: str, leave_one_out: bool) -> None:
+    groups = [[2, 1.5, 1.68, -0.75], [0.5, -2, 1, -0.9], [0.1, 0.2, 0.3, 0.9]]
+    rewards = torch.tensor(groups, dtype=torch.float64).flatten()
+    got = group_advantages(rewards, 4, scale_rewards=scale, eps=1e-4, leave_one_out=leave_one_out)
+    expected = torch.tensor(advantages_by_hand(groups, scale, 1e-4, leave_one_out), dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_advantages_of_a_published_example() -> None:
+    rewards = torch.tensor([2, 1.5, 1.68, -0.75, -0.5, -2, 1, -0.9])
+    expected = torch.tensor([1.1857, 0.8462, 0.9685, -0.6816, -0.5118, -1.5304, 0.5067, -0.7834])
+    torch.testing.assert_close(group_advantages(rewards, 8), expected, rtol=0, atol=6e-5)
+
+
+def test_advantages_match_the_original_trainer() -> None:
+    expected = load_file(shared_path("fixtures/tinyllava/group_expected.safetensors"))
+    got = group_advantages(expected["grpo.rewards"], len(expected["grpo.rewards"]))
+    torch.testing.assert_close(got, expected["grpo.advantages"], rtol=1e-6, atol=1e-6)
+
+
+def test_uneven_interleaved_groups_equal_each_group_alone() -> None:
+    rewards = torch.tensor([1.0, 5.0, 0.0, 2.0, 4.0, 9.0], dtype=torch.float64)
+    ids = torch.tensor([7, -3, 7, 7, -3, 50])
+    got = group_advantages(rewards, group_ids=ids)
+    for label in (7, -3):
+        alone = group_advantages(rewards[ids == label], int((ids == label).sum()))
+        torch.testing.assert_close(got[ids == label], alone, rtol=1e-14, atol=0)
+    assert got[5] == 0  # a group of one
+
+
+@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3, 1e-8, -123.456, 0.0])
+@pytest.mark.parametrize("size", [2, 3, 7, 8])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_equal_rewards_give_exactly_zero(value: float, size: int, scale: str, leave_one_out: bool) -> None:
+    # A second, mixed group keeps the deviation of the batch away from 0.
+    rewards = torch.tensor([value] * size + [0.0, 1.0] + [0.3] * (size - 2))
+    got = group_advantages(rewards, size, scale_rewards=scale, eps=1e-8, leave_one_out=leave_one_out)
+    assert got[:size].eq(0).all()
+    assert got[size:].ne(0).any()
+
+
+def test_equal_rewards_without_the_exact_rule_would_not_be_zero() -> None:
+    rewards = torch.tensor([0.7] * 7)
+    naive = (rewards - rewards.sum() / 7) / (rewards.std() + 1e-8)
+    assert naive.abs().max() > 0.1  # so the test above can fail
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_singleton_groups_are_zero(leave_one_out: bool) -> None:
+    for scale in ("group", "batch", "none"):
+        got = group_advantages(torch.tensor([1.0, 0.0, 3.0]), 1, scale_rewards=scale, leave_one_out=leave_one_out)
+        assert got.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_nan_reward_is_left_out_and_gets_zero(scale: str, leave_one_out: bool) -> None:
+    rewards = torch.tensor([1.0, NAN, 0.0, 0.5, NAN, 2.0], dtype=torch.float64)
+    ids = torch.tensor([0, 0, 0, 0, 1, 1])
+    got = group_advantages(rewards, group_ids=ids, scale_rewards=scale, leave_one_out=leave_one_out)
+    keep = ~rewards.isnan()
+    without = group_advantages(rewards[keep], group_ids=ids[keep], scale_rewards=scale, leave_one_out=leave_one_out)
+    torch.testing.assert_close(got[keep], without, rtol=1e-14, atol=0)
+    assert got[~keep].eq(0).all()
+
+
+def test_all_nan_rewards_give_zeros() -> None:
+    for scale in ("group", "batch", "none"):
+        assert group_advantages(torch.full((4,), NAN), 2, scale_rewards=scale).tolist() == [0, 0, 0, 0]
+
+
+def test_noise_reaches_every_scored_completion_and_follows_the_generator() -> None:
+    rewards = torch.tensor([0.7] * 4000 + [NAN] + [1.0] * 3999)
+    noisy = group_advantages(rewards, 8, noise_std=0.02, generator=torch.Generator().manual_seed(3))
+    again = group_advantages(rewards, 8, noise_std=0.02, generator=torch.Generator().manual_seed(3))
+    other = group_advantages(rewards, 8, noise_std=0.02, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(noisy, again)
+    assert not torch.equal(noisy, other)
+    assert noisy[4000] == 0
+    scored = noisy[~rewards.isnan()]
+    assert scored.ne(0).all()
+    assert scored.mean().abs() < 4 * 0.02 / len(scored) ** 0.5
+    assert scored.std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_noise_is_added_to_the_advantage() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.5])
+    noisy = group_advantages(rewards, 4, noise_std=0.02, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noisy, group_advantages(rewards, 4) + 0.02 * noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float16])
+def test_rewards_of_any_real_dtype(dtype: torch.dtype) -> None:
+    got = group_advantages(torch.tensor([1, 0, 0, 1]).to(dtype), 4)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, group_advantages(torch.tensor([1.0, 0, 0, 1]), 4))
+
+
+def test_advantages_are_detached_and_rewards_unchanged() -> None:
+    rewards = torch.tensor([1.0, NAN, 0.0, 0.5], requires_grad=True)
+    before = rewards.detach().clone()
+    assert not group_advantages(rewards, 4).requires_grad
+    assert torch.equal(rewards.detach().nan_to_num(9), before.nan_to_num(9))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "message"),
+    [
+        ([1.0, INF], {"num_generations": 2}, "reward 1 is inf"),
+        ([-INF, 1.0], {"num_generations": 2}, "reward 0 is -inf"),
+        ([1.0, 0.0, 2.0], {"num_generations": 2}, "3 rewards are not whole groups of num_generations=2"),
+        ([1.0, 0.0], {"num_generations": 0}, "num_generations=0"),
+        ([1.0, 0.0], {}, "exactly one"),
+        ([1.0, 0.0], {"num_generations": 2, "group_ids": torch.tensor([0, 0])}, "exactly one"),
+        ([1.0, 0.0], {"group_ids": torch.tensor([0])}, r"group_ids has shape \(1,\)"),
+        ([1.0, 0.0], {"group_ids": torch.tensor([0.0, 0.0])}, "group_ids has dtype torch.float32"),
+        ([1.0, 0.0], {"num_generations": 2, "scale_rewards": "std"}, "scale_rewards='std'.*group, batch, none"),
+        ([1.0, 0.0], {"num_generations": 2, "eps": -1.0}, "eps=-1.0"),
+        ([1.0, 0.0], {"num_generations": 2, "noise_std": NAN}, "noise_std=nan"),
+        ([], {"num_generations": 2}, r"shape \(0,\)"),
+        ([[1.0, 0.0]], {"num_generations": 2}, r"shape \(1, 2\)"),
+    ],
+)
+def test_wrong_arguments_are_refused(rewards: list[float], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.tensor(rewards), **options)  # type: ignore[arg-type]

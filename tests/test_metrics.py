@@ -1,0 +1,218 @@
+"""The run folder, the phase timer and the memory figure."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastr1.metrics import PhaseTimer, RunLogError, RunLogger, peak_memory_bytes, read_rows
+
+
+def make_logger(folder: Path, start_step: int = 0, total_steps: int = 100, **options: Any) -> RunLogger:
+    options = {"report_to": ("jsonl",), "is_main": True, "progress": io.StringIO(), **options}
+    return RunLogger(folder, total_steps=total_steps, start_step=start_step, **options)
+
+
+def run(folder: Path, first: int, last: int, start_step: int = 0) -> None:
+    logger = make_logger(folder, start_step)
+    for step in range(first, last + 1):
+        logger.log(step, {"reward": step / 10})
+        logger.log_rollouts(step, [{"completion": f"{step}-{g}"} for g in range(2)])
+    logger.close()
+
+
+def test_rows_are_what_was_logged_and_readable_before_close(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path)
+    logger.log(1, {"reward": 0.5, "tokens": 7})
+    logger.log(1, {"eval/accuracy": 0.25})
+    logger.log_rollouts(1, [{"question": "Wer läuft?", "advantage": -1.0}])
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "reward": 0.5, "tokens": 7.0},
+        {"step": 1, "eval/accuracy": 0.25},
+    ]
+    assert read_rows(tmp_path / "rollouts.jsonl") == [{"step": 1, "question": "Wer läuft?", "advantage": -1.0}]
+    logger.close()
+
+
+def test_numbers_that_are_not_finite_become_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path)
+    logger.log(1, {"kl": math.nan, "ratio": math.inf, "loss": torch.tensor(0.5)})  # type: ignore[dict-item]
+    logger.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert row == {"step": 1, "kl": None, "ratio": None, "loss": 0.5}
+
+
+def test_resume_leaves_the_files_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    run(tmp_path / "straight", 1, 6)
+    run(tmp_path / "resumed", 1, 5)  # stopped at 5, last checkpoint at 3
+    run(tmp_path / "resumed", 4, 6, start_step=3)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (tmp_path / "resumed" / name).read_text() == (tmp_path / "straight" / name).read_text()
+
+
+def test_resume_drops_a_row_cut_short_by_a_kill(tmp_path: Path) -> None:
+    run(tmp_path, 1, 3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    run(tmp_path, 3, 3, start_step=2)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_start_at_zero_begins_the_files_anew(tmp_path: Path) -> None:
+    run(tmp_path, 0, 5)  # a row of step 0, measured before the first update, is dropped like the rest
+    run(tmp_path, 1, 2)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"reward": 1}', '{"step": "1"}', ""])
+def test_a_damaged_line_is_reported_not_skipped(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(RunLogError, match=r"metrics\.jsonl:2 "):
+        read_rows(path)
+    with pytest.raises(RunLogError, match=r"metrics\.jsonl:2 "):
+        make_logger(tmp_path, start_step=1)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunLogError, match="none"):
+        read_rows(tmp_path / "none")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    logger = make_logger(tmp_path / "run", is_main=False, report_to=("jsonl", "tensorboard"), progress=stream)
+    logger.log(1, {"reward": 1.0})
+    logger.log_rollouts(1, [{"completion": "x"}])
+    logger.close()
+    assert not (tmp_path / "run").exists()
+    assert stream.getvalue() == ""
+
+
+def test_report_to_chooses_the_writers(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path, report_to=())
+    logger.log(1, {"reward": 1.0})
+    logger.log_rollouts(1, [{"completion": "x"}])
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunLogError, match="wandb"):
+        make_logger(tmp_path, report_to=("wandb",))
+
+
+def test_a_metric_may_not_take_the_name_of_the_row_number(tmp_path: Path) -> None:
+    with pytest.raises(RunLogError, match="step"):
+        make_logger(tmp_path).log(1, {"step": 2.0})
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start_step, first, last in ((0, 1, 4), (2, 3, 5)):  # the second run resumes at 2
+        logger = make_logger(tmp_path, start_step, report_to=("tensorboard",))
+        for step in range(first, last + 1):
+            logger.log(step, {"rewards/accuracy": step + start_step / 10})
+        logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, round(event.value, 3)) for event in events.Scalars("rewards/accuracy")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2), (5, 5.2)]
+
+
+def test_plain_progress_is_a_few_lines_with_the_rest_of_the_run(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    logger = make_logger(tmp_path, progress=stream)
+    for step in range(1, 101):
+        logger.log(step, {"reward": 0.5, "loss": 0.25})
+    logger.log(100, {"eval/accuracy": 0.75})
+    logger.close()
+    lines = stream.getvalue().splitlines()
+    assert 15 <= len(lines) <= 25
+    assert "\r" not in stream.getvalue()
+    assert lines[0].startswith("step 1/100  reward 0.500  loss 0.250")
+    assert lines[-2].startswith("step 100/100")
+    assert lines[-2].endswith(" 0:00 left")
+    assert lines[-1] == "step 100/100  eval/accuracy 0.750"
+
+
+def test_plain_progress_appears_when_only_some_steps_are_logged(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    logger = make_logger(tmp_path, progress=stream)
+    for step in range(7, 101, 7):
+        logger.log(step, {"reward": 0.5})
+    logger.close()
+    assert len(stream.getvalue().splitlines()) == 14  # every one: each is more than a twentieth on
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_on_a_terminal_counts_from_the_resumed_step(tmp_path: Path) -> None:
+    stream = Terminal()
+    logger = make_logger(tmp_path, start_step=40, progress=stream)
+    logger.log(41, {"reward": 0.5})
+    time.sleep(0.15)  # the bar redraws at most every 0.1 s
+    logger.log(50, {"reward": 0.625})
+    logger.log(50, {"eval/accuracy": 0.5})  # a second row of a step does not count as an update
+    logger.close()
+    assert "50/100" in stream.getvalue()
+    assert "reward=0.625" in stream.getvalue()
+    assert "51/100" not in stream.getvalue()
+
+
+def test_phases_add_up_and_are_reset_by_reading() -> None:
+    timer = PhaseTimer("cpu")
+    for _ in range(2):
+        with timer.phase("vision"):
+            time.sleep(0.02)
+    with timer.phase("train"):
+        time.sleep(0.01)
+    time.sleep(0.03)  # in no phase
+    first = timer.pop_seconds()
+    assert set(first) == {"time/vision_seconds", "time/train_seconds", "time/step_seconds"}
+    assert first["time/vision_seconds"] >= 0.04
+    assert 0.01 <= first["time/train_seconds"] < first["time/vision_seconds"]
+    assert first["time/step_seconds"] >= first["time/vision_seconds"] + first["time/train_seconds"] + 0.03
+    second = timer.pop_seconds()
+    assert set(second) == {"time/step_seconds"}
+    assert second["time/step_seconds"] < first["time/step_seconds"]
+
+
+def fail_after_a_while() -> None:
+    time.sleep(0.01)
+    raise KeyError
+
+
+def test_a_phase_that_fails_is_counted_and_closed() -> None:
+    timer = PhaseTimer("cpu")
+    with pytest.raises(KeyError), timer.phase("reward"):
+        fail_after_a_while()
+    with timer.phase("train"):
+        pass
+    assert timer.pop_seconds()["time/reward_seconds"] >= 0.01
+
+
+def test_phases_do_not_nest() -> None:
+    timer = PhaseTimer("cpu")
+    with timer.phase("a"), pytest.raises(AssertionError, match="b"), timer.phase("b"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of resident pages")
+def test_peak_memory_of_a_process_is_in_bytes_and_at_least_what_it_holds() -> None:
+    block = torch.ones(8 << 20)  # 32 MiB, touched
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = peak_memory_bytes("cpu")
+    assert block.nbytes < resident <= peak + (1 << 20)  # the kernel counts pages in batches
+    assert peak < 100 * resident  # KiB taken for bytes, or the reverse, would be a factor of 1024
