@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from fastr1.config import DataConfig
 from fastr1.data.prompts import build_prompt, tokenize_with_image
 from fastr1.data.tokenizer import load_tokenizer
 from fastr1.models import load_model
 from fastr1.rewards.functions import extract_think
 from fastr1.rollout import SamplingParams, sample_completions
-from fastr1.runtime import resolve_device, resolve_dtype
-from fastr1.video import load_clip, preprocess_frames
+from fastr1.runtime import load_pixels, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def chat(
     where = torch.device(device) if device else resolve_device()
     model = load_model(model_path, dtype=resolve_dtype("auto", where), device=where)
     tokenizer = load_tokenizer(model_path)
-    clip = load_clip(video_path, num_frames=num_frames, device=str(where))
-    pixels = preprocess_frames(clip.frames.to(where), image_size=model.config.vision.image_size)
+    pixels = load_pixels(Path(video_path), DataConfig(num_frames=num_frames), model)
     prompt = build_prompt(question, instruction=instruction)
     prompt_ids = torch.tensor(tokenize_with_image(prompt, tokenizer), device=where)
     params = SamplingParams(max_completion_length, temperature=temperature)

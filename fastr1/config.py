@@ -87,8 +87,8 @@ class OptimConfig:
 class RunConfig:
     output_dir: str = "runs/grpo"
     seed: int = 42
-    logging_steps: int = 1
-    save_steps: int = 0  # 0: only at the end
+    logging_steps: int = 1  # a row of metrics holds the means over this many updates
+    save_steps: int = 0  # 0: no checkpoints; the final model is always written
     save_total_limit: int = 2
     eval_steps: int = 0  # 0: no evaluation during training
     eval_samples: int | None = None  # evaluate on the first n held-out questions only

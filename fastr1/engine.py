@@ -34,22 +34,10 @@ from torch import nn
 from transformers.optimization import get_scheduler
 
 from fastr1.config import OptimConfig
+from fastr1.config_check import DEEPSPEED_OWNED_KEYS, without_auto
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
-
-# Keys of a DeepSpeed configuration that follow from the fields named here.
-OWNED_KEYS = {
-    "train_batch_size": "optim.per_device_train_batch_size and optim.gradient_accumulation_steps",
-    "train_micro_batch_size_per_gpu": "optim.per_device_train_batch_size",
-    "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
-    "managed_gradient_accumulation": "optim.gradient_accumulation_steps",
-    "gradient_clipping": "optim.max_grad_norm",
-    "optimizer": "optim.learning_rate, optim.weight_decay, optim.adam_*",
-    "scheduler": "optim.lr_scheduler_type and optim.warmup_ratio",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-}
 
 
 class EngineError(ValueError):
@@ -292,8 +280,8 @@ def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torc
 
     Raises: EngineError for a key that is set elsewhere, an unknown dtype, or bfloat16 with ZeRO stage 0.
     """
-    config = _drop_auto(user)
-    for key, field in OWNED_KEYS.items():
+    config = without_auto(user)
+    for key, field in DEEPSPEED_OWNED_KEYS.items():
         if key in config:
             raise EngineError(f"deepspeed.{key} = {config[key]!r} is not read; remove it and set {field} instead")
     zero = {"stage": 1, **config.get("zero_optimization", {})}
@@ -323,16 +311,6 @@ def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torc
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype is torch.bfloat16},
     }
-
-
-def _drop_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the entries whose value is "auto", nor the sections that are empty without them."""
-    kept: dict[str, Any] = {}
-    for key, value in config.items():
-        cleaned = _drop_auto(value) if isinstance(value, dict) else value
-        if cleaned != "auto" and (cleaned != {} or value == {}):
-            kept[key] = cleaned
-    return kept
 
 
 def _build_scheduler(

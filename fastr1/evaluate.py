@@ -13,14 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fastr1.config import INSTRUCTION, DataConfig
 from fastr1.data.prompts import build_prompt, tokenize_with_image
-from fastr1.data.records import BadSampleLedger, load_grpo_samples
+from fastr1.data.questions import option_letters
+from fastr1.data.records import load_grpo_samples
 from fastr1.data.tokenizer import load_tokenizer
 from fastr1.models import TinyLlavaVideo, load_model
 from fastr1.rewards import extract_answer_letter
 from fastr1.rewards.functions import think_format
 from fastr1.rollout import SamplingParams, sample_completions
-from fastr1.runtime import pixel_loader, resolve_device, resolve_dtype
-from fastr1.schema import Sample
+from fastr1.runtime import load_pixels, resolve_device, resolve_dtype
+from fastr1.schema import DataError, Sample
 from fastr1.video import ClipPrefetcher
 
 
@@ -48,6 +49,7 @@ def evaluate_checkpoint(
     batch_size: int = 16,
     max_completion_length: int = 512,
     limit: int | None = None,
+    instruction: str = INSTRUCTION,
     blank_video: bool = False,
     device: str | None = None,
     output: str | Path | None = None,
@@ -55,12 +57,13 @@ def evaluate_checkpoint(
     """Load a model, answer the questions of a file greedily and return the rates of `summarise_answers`.
 
     Args:
+        instruction: what follows every question in the prompt; use that of the training run.
         blank_video: show every question with frames of one value (mid grey), the blind baseline.
         output: write the summary and every answer there as JSON.
     """
     where = torch.device(device) if device else resolve_device()
     model = load_model(model_path, dtype=resolve_dtype("auto", where), device=where)
-    data = DataConfig(video_root=str(video_root), num_frames=num_frames)
+    data = DataConfig(num_frames=num_frames, instruction=instruction)
     samples = load_grpo_samples(data_file, video_root).samples[:limit]
     answers = evaluate_samples(
         model,
@@ -92,9 +95,13 @@ def evaluate_samples(
     """Answer every sample greedily. A video that cannot be decoded is an error: nothing is left out of the rate."""
     was_training = model.training
     model.eval()
-    load = pixel_loader(data, model.config.vision.image_size, model.device, BadSampleLedger(max(len(samples), 1)))
     answers: list[Answer] = []
-    with ClipPrefetcher(load, samples, num_threads=data.num_decode_threads, depth=2 * batch_size) as clips:
+    with ClipPrefetcher(
+        lambda sample: load_pixels(sample.video_path, data, model),
+        samples,
+        num_threads=data.num_decode_threads,
+        depth=2 * batch_size,
+    ) as clips:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             pixels = [next(clips) for _ in batch]
@@ -114,15 +121,16 @@ def _answer(
     blank_video: bool,
 ) -> list[Answer]:
     videos = [model.encode_frames(torch.zeros_like(p) if blank_video else p) for p in pixels]
-    prompts = [build_prompt(sample.problem, instruction=data.instruction or INSTRUCTION) for sample in samples]
+    prompts = [build_prompt(sample.problem, instruction=data.instruction) for sample in samples]
     prompt_ids = [torch.tensor(tokenize_with_image(prompt, tokenizer), device=model.device) for prompt in prompts]
     params = SamplingParams(max_completion_length, temperature=0)
     rollout = sample_completions(model, tokenizer, prompt_ids, videos, params)
     lengths = rollout.completion_mask.sum(dim=1).tolist()
     answers = []
     for sample, text, length in zip(samples, rollout.texts, lengths, strict=True):
-        letter = extract_answer_letter(text)
-        is_correct = letter is not None and letter == extract_answer_letter(sample.solution)
+        options = option_letters(sample.problem)
+        letter = extract_answer_letter(text, options)
+        is_correct = letter is not None and letter == extract_answer_letter(sample.solution, options)
         answers.append(
             Answer(
                 sample.sample_id,
@@ -142,7 +150,7 @@ def _answer(
 def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
     """`accuracy`, `format_rate`, `unparsable_rate`, mean `completion_length`, and `accuracy/<problem type>`."""
     if not answers:
-        raise ValueError("no question to evaluate; check the data file and limit")
+        raise DataError("there is no question to evaluate; check the data file and the limit")
     total = len(answers)
     summary = {
         "accuracy": sum(a.is_correct for a in answers) / total,

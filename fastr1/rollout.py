@@ -2,13 +2,14 @@
 
 A draw is argmax(logits/temperature + Gumbel noise), and the noise is a hash of (seed, prompt key, completion index,
 position, token). So a completion does not depend on the other prompts in the batch, their order, or the number of
-ranks. Numerics: logits in fp32, noise in fp64 (2⁻⁵³ steps).
+ranks. Numerics: logits in fp32, noise in fp64 (2⁻⁵² steps).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def sample_completions(
     completion_ids = torch.stack(ids, dim=1)
     completion_mask = torch.stack(masks, dim=1)
     texts = [
-        tokenizer.decode(row[keep], skip_special_tokens=True).strip()
+        str(tokenizer.decode(row[keep], skip_special_tokens=True)).strip()
         for row, keep in zip(completion_ids.cpu(), completion_mask.cpu(), strict=True)
     ]
     return Rollout(completion_ids, completion_mask, torch.stack(logps, dim=1), ~finished, texts)
@@ -102,7 +103,9 @@ def _draw(
     if params.temperature == 0:
         token = logits.argmax(dim=-1)
     else:
-        logits = warpers(torch.empty(0), logits / params.temperature)
+        no_ids: Any = None  # neither warper looks at the tokens before
+        scaled: Any = logits / params.temperature
+        logits = warpers(no_ids, scaled)
         token = (logits + gumbel_noise(row_keys, position, logits.shape[-1])).argmax(dim=-1)
     return token, logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]
 
@@ -118,7 +121,8 @@ def gumbel_noise(row_keys: torch.Tensor, position: int, vocab_size: int) -> torc
     """Standard Gumbel noise (R, V) in fp64: a pure function of key, position and column."""
     columns = torch.arange(vocab_size, device=row_keys.device)
     bits = _mix(_mix(row_keys + position)[:, None] + columns[None])
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits and a half are exact in fp64: 53 could round to 1, whose noise is infinite.
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
 
 

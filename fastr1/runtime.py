@@ -18,8 +18,8 @@ from fastr1.data.records import BadSampleLedger
 from fastr1.data.tokenizer import load_tokenizer
 from fastr1.engine import Engine
 from fastr1.models import TinyLlavaVideo, load_model, save_model
-from fastr1.schema import DataError, Sample, SftSample
-from fastr1.video import load_clip, preprocess_frames
+from fastr1.schema import Sample, SftSample
+from fastr1.video import VideoError, load_clip, preprocess_frames
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,27 @@ def load_policy(config: TrainConfig) -> tuple[TinyLlavaVideo, PreTrainedTokenize
     return model, tokenizer
 
 
+def image_size_of(model: TinyLlavaVideo) -> int:
+    """Side of the frames that the vision tower takes, in pixels."""
+    size = model.config.vision.image_size
+    assert isinstance(size, int)  # the towers of this family take squares
+    return size
+
+
+def load_pixels(path: Path, data: DataConfig, model: TinyLlavaVideo) -> torch.Tensor:
+    """The preprocessed frames (F, 3, S, S) of a video on the device of the model. Thread-safe.
+
+    Raises: VideoError where it cannot be decoded.
+    """
+    device = model.device
+    clip = load_clip(path, num_frames=data.num_frames, max_frames=data.max_frames, device=device, backend=data.backend)
+    return preprocess_frames(clip.frames.to(device), image_size=image_size_of(model))
+
+
 def pixel_loader(
-    data: DataConfig, image_size: int, device: torch.device, ledger: BadSampleLedger
+    data: DataConfig, model: TinyLlavaVideo, ledger: BadSampleLedger
 ) -> Callable[[Sample | SftSample], torch.Tensor | None]:
-    """A thread-safe function from a sample to its preprocessed frames (F, 3, S, S) on `device`.
+    """`load_pixels` of a sample, for training.
 
     A video that cannot be decoded goes to the ledger, which raises under policy "error"; under "skip" the result is
     None. It is never another video.
@@ -63,17 +80,10 @@ def pixel_loader(
 
     def load(sample: Sample | SftSample) -> torch.Tensor | None:
         try:
-            clip = load_clip(
-                sample.video_path,
-                num_frames=data.num_frames,
-                max_frames=data.max_frames,
-                device=str(device),
-                backend=data.backend,
-            )
-        except DataError as error:
+            return load_pixels(sample.video_path, data, model)
+        except VideoError as error:
             ledger.record(sample.origin, str(error))
             return None
-        return preprocess_frames(clip.frames.to(device), image_size=image_size)
 
     return load
 

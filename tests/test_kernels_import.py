@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastr1_kernels
 import pytest
+
+import fastr1_kernels
 
 PACKAGE = Path(fastr1_kernels.__file__).parent
 README = (PACKAGE / "README.md").read_text()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastr1_kernels import linear_logps, reference, selective_log_softmax
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastr1_kernels import linear_logps, reference, selective_log_softmax
 
 INF = float("inf")
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import shared_path
-from fastr1_kernels import GRPOOutput, group_advantages, grpo_loss, linear_grpo_loss, reference
-from fastr1_kernels.reference import PolicyOptions, kl_divergence, policy_loss_from_logps
 from safetensors.torch import load_file
 from torch import Tensor
+
+from fastr1_kernels import GRPOOutput, group_advantages, grpo_loss, linear_grpo_loss, reference
+from fastr1_kernels.reference import PolicyOptions, kl_divergence, policy_loss_from_logps
 
 B, T, V, D = 4, 5, 7, 3
 LENGTHS = (5, 2, 0, 3)  # full, short, empty, with a hole (below)

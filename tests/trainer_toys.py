@@ -40,14 +40,16 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([build_prompt(problem(i), instruction=INSTRUCTION) for i in range(NUM_SAMPLES)] * 2, trainer)
+    bpe.train_from_iterator(
+        [build_prompt(problem(i), instruction=INSTRUCTION) for i in range(NUM_SAMPLES)] * 2, trainer
+    )
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=bpe.get_vocab(), merges=merges)
     tokenizer.model_max_length = 512
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TinyLlavaVideo:
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, eos_scale: float = 6.0) -> TinyLlavaVideo:
     """Random weights; large enough that greedy choices are clear and small enough that a step takes milliseconds."""
     eos, vocab_size = tokenizer.eos_token_id, len(tokenizer)
     raw = {
@@ -82,7 +84,11 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> TinyLlavaV
         },
     }
     torch.manual_seed(seed)
-    return TinyLlavaVideo(parse_config(raw, where="the toy model")).eval()
+    model = TinyLlavaVideo(parse_config(raw, where="the toy model")).eval()
+    with torch.no_grad():
+        # An end-of-sequence logit of a larger spread: some completions end early, some never.
+        model.language_model.lm_head.weight[eos] *= eos_scale
+    return model
 
 
 def problem(index: int) -> str:
@@ -143,7 +149,12 @@ def make_config(world: Path, output_dir: Path, **changes: Any) -> TrainConfig:
         reward=RewardConfig(functions=("trainer_toys:vowel_reward",)),
         grpo=GRPOConfig(num_generations=3, max_completion_length=5, loss_type="dapo", beta=0.0),
         optim=OptimConfig(
-            learning_rate=1e-3, lr_scheduler_type="constant", warmup_ratio=0.0, max_steps=2, per_device_train_batch_size=4
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            warmup_ratio=0.0,
+            adam_epsilon=1e-3,  # keeps Adam from blowing up the rounding of gradients near zero
+            max_steps=2,
+            per_device_train_batch_size=4,
         ),
         run=RunConfig(output_dir=str(output_dir), report_to=("jsonl",)),
     )
@@ -165,7 +176,9 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     """The metric rows without those that depend on the machine."""
     machine = ("time/", "tokens_per_second", "peak_memory_bytes")
-    return [{k: v for k, v in row.items() if not k.startswith(machine)} for row in read_rows(output_dir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(machine)} for row in read_rows(output_dir / "metrics.jsonl")
+    ]
 
 
 def child_environment() -> dict[str, str]:

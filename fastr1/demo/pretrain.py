@@ -49,7 +49,7 @@ from fastr1.schema import IGNORE_INDEX
 from fastr1.video import preprocess_frames
 
 DIRECT = "Answer with the option's letter from the given choices directly."
-TASKS = {"caption": 0.3, "sentence": 0.35, "letter": 0.15, "lookup": 0.2}
+TASKS = {"caption": 0.25, "sentence": 0.5, "letter": 0.1, "lookup": 0.15}
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
 

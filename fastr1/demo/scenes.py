@@ -178,21 +178,25 @@ STILL = np.zeros((NUM_MOMENTS, 2))
 def _direction(rng: np.random.Generator, answer_index: int | None) -> Scene:
     names = _pick_colours(rng, 2)
     ways = [str(way) for way in rng.permutation(list(DIRECTIONS))[:2]]
-    if answer_index is not None:
-        ways[0] = list(DIRECTIONS)[answer_index % len(DIRECTIONS)]
+    if answer_index is not None and ways[0] != (fixed := list(DIRECTIONS)[answer_index % len(DIRECTIONS)]):
+        ways = [fixed, ways[0]]
     moves = []
     for way in ways:
         distance = rng.uniform(34, 60)
         moves.append(np.linspace(0, distance, NUM_MOMENTS)[:, None] * np.array(DIRECTIONS[way], dtype=float))
+    shapes = _shapes(rng, names, moves, [_steady(name) for name in names])
     return Scene(
         "direction",
-        _shapes(rng, names, moves, [_steady(name) for name in names]),
+        shapes,
         f"Which way does the {names[0]} shape move?",
         ways[0],
         tuple(way for way in DIRECTIONS if way != ways[0]),
         tuple(
-            (f"Which way does the {name} shape move?", f"The {name} shape moves {way}.")
-            for name, way in zip(names, ways, strict=True)
+            (
+                f"Which way does the {shape.name} shape move?",
+                f"The {shape.name} shape goes from {cell_of(shape.centres[0])} to {cell_of(shape.centres[-1])}, {way}.",
+            )
+            for shape, way in zip(shapes, ways, strict=True)
         ),
     )
 
@@ -219,26 +223,31 @@ def _order(rng: np.random.Generator, answer_index: int | None) -> Scene:
 def _count(rng: np.random.Generator, answer_index: int | None) -> Scene:
     names = _pick_colours(rng, 2)
     counts = [int(i) for i in rng.choice(len(COUNTS), size=2, replace=False)]
-    if answer_index is not None:
-        counts[0] = answer_index % len(COUNTS)
-    colours = [_flashes(rng, name, count) for name, count in zip(names, counts, strict=True)]
+    if answer_index is not None and counts[0] != (fixed := answer_index % len(COUNTS)):
+        counts = [fixed, counts[0]]
+    slots = [_flash_slots(rng, count) for count in counts]
+    colours: list[tuple[str | None, ...]] = [
+        tuple(FLASH if i in slot else name for i in range(NUM_MOMENTS)) for name, slot in zip(names, slots, strict=True)
+    ]
+    facts = []
+    for name, slot in zip(names, slots, strict=True):
+        moments = " ".join(str(i + 1) for i in slot) or "none"
+        fact = f"The {name} shape flashes at {moments}, {COUNTS[len(slot)]}."
+        facts.append((f"How often does the {name} shape flash?", fact))
     return Scene(
         "count",
         _shapes(rng, names, [STILL] * 2, colours),
         f"How often does the {names[0]} shape flash?",
         COUNTS[counts[0]],
         tuple(word for i, word in enumerate(COUNTS) if i != counts[0]),
-        tuple(
-            (f"How often does the {name} shape flash?", f"The {name} shape flashes {COUNTS[count]}.")
-            for name, count in zip(names, counts, strict=True)
-        ),
+        tuple(facts),
     )
 
 
-def _flashes(rng: np.random.Generator, name: str, count: int) -> tuple[str | None, ...]:
-    """`count` moments of white with at least one moment of colour between them."""
-    slots = np.sort(rng.choice(NUM_MOMENTS - count + 1, size=count, replace=False)) + np.arange(count)
-    return tuple(FLASH if i in slots else name for i in range(NUM_MOMENTS))
+def _flash_slots(rng: np.random.Generator, count: int) -> list[int]:
+    """`count` moments in order, with at least one moment between them."""
+    free = np.sort(rng.choice(NUM_MOMENTS - count + 1, size=count, replace=False))
+    return [int(slot) for slot in free + np.arange(count)]
 
 
 def _first(rng: np.random.Generator, answer_index: int | None) -> Scene:
@@ -251,16 +260,19 @@ def _first(rng: np.random.Generator, answer_index: int | None) -> Scene:
         moves.append(run[:, None] * way * rng.uniform(26, 40))
     order = [int(i) for i in rng.permutation(3)]
     moves.append(STILL)
+    shapes = _shapes(rng, [names[i] for i in order], [moves[i] for i in order], [_steady(names[i]) for i in order])
+    half = NUM_MOMENTS // 2
+    seen = [
+        f"{shape.name} {cell_of(shape.centres[0])} {cell_of(shape.centres[half])}"
+        for shape in sorted(shapes, key=lambda shape: list(COLOURS).index(shape.name))
+    ]
     return Scene(
         "first",
-        _shapes(rng, [names[i] for i in order], [moves[i] for i in order], [_steady(names[i]) for i in order]),
+        shapes,
         "Which shape moves first?",
         names[0],
         (names[1], names[2], *(str(n) for n in rng.permutation(_others(*names))[:2])),
-        (
-            ("Which shape moves first?", f"The first to move is {names[0]}."),
-            ("Which shape moves second?", f"The second to move is {names[1]}."),
-        ),
+        (("Which shape moves first?", f"By the middle {' '.join(seen)}, first {names[0]}."),),
     )
 
 

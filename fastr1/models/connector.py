@@ -1,8 +1,8 @@
 """The group resampler: 16 chunks of patch tokens, each read by the same few learned latents.
 
 z ← z + Attention(LN(z), [LN(chunk); LN(z)]);  z ← z + MLP(LN(z));  three such layers, a final LN, then a fixed
-sinusoidal table over the concatenated outputs, the only carrier of order. Parameter names are those of the released checkpoints.
-The chunks are independent, so they run as one batch. Source: TinyLLaVA-Video, arXiv 2501.15513.
+sinusoidal table over the concatenated outputs, the only carrier of order. The chunks are independent, so they run as
+one batch. Parameter names are those of the released checkpoints. Source: TinyLLaVA-Video, arXiv 2501.15513.
 """
 
 from __future__ import annotations

@@ -134,13 +134,18 @@ def _import_torchcodec() -> Any:
             ctypes.CDLL(str(library))
         import torchcodec
         import torchcodec.decoders
+
+        if torchcodec.ffmpeg_major_version is None:
+            # Newer versions import without FFmpeg and fail at the first use: let that say what is missing.
+            torchcodec.decoders.VideoDecoder(b"")
+            return "torchcodec found no FFmpeg"
     except (ImportError, OSError, RuntimeError) as error:
         # torchcodec's message holds one traceback per FFmpeg version: keep what the dynamic loader said about each.
         said = re.findall(r"^OSError: (?!Could not load this library)(.+)$", str(error), flags=re.MULTILINE)
         short = [
             line.replace(": cannot open shared object file: No such file or directory", " not found") for line in said
         ]
-        return "; ".join(dict.fromkeys(short)) or _first_line(error)
+        return "; ".join(dict.fromkeys(short)) or _first_line(error.__cause__ or error)
     return torchcodec
 
 

@@ -1,0 +1,53 @@
+# `make demo` and `make test` work as the first command on a fresh machine: both create .venv first.
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+READY := .venv/.ready
+OUTPUT ?= runs/demo
+
+# Several torch processes on few cores: idle threads must sleep, not spin.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Shapes in the tests are tiny: more threads make them slower.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo demo-base test test-slow test-gpu lint format format-check typecheck check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): requirements.txt pyproject.toml scripts/setup_env.sh
+	@scripts/setup_env.sh
+
+demo: $(READY)  ## the whole pipeline on generated clips, on a CPU or a GPU; OUTPUT=runs/demo
+	$(BIN)/fastr1 demo --output-dir $(OUTPUT)
+
+demo-base: $(READY)  ## train the demo's base model from nothing, as the shipped one was; OUTPUT=runs/demo
+	$(BIN)/python -m fastr1.demo.pretrain --output $(OUTPUT)/base_model
+
+test: $(READY)  ## the CPU tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## CPU tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+
+format: $(READY)  ## rewrite the sources: import order and layout
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+format-check: $(READY)
+	$(BIN)/ruff format --check .
+
+typecheck: $(READY)  ## mypy
+	$(BIN)/mypy
+
+check:  ## exactly what continuous integration runs: lint, layout, types, tests
+	.ci/run
+
+clean:  ## remove caches; keeps .venv and runs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis build *.egg-info
+	find fastr1 kernels tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
