@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastr1.data.prompts import build_caption_text, build_prompt, tokenize_with_image
+from fastr1.data.tokenizer import load_tokenizer
 from fastr1.demo.base import IMAGE_SIZE, build_model, build_tokenizer
 from fastr1.demo.scenes import (
     COLOURS,
@@ -44,12 +45,13 @@ from fastr1.demo.scenes import (
     render,
     sample_scene,
 )
-from fastr1.models import TinyLlavaVideo, save_model
+from fastr1.models import TinyLlavaVideo, load_model, save_model
 from fastr1.schema import IGNORE_INDEX
 from fastr1.video import preprocess_frames
 
 DIRECT = "Answer with the option's letter from the given choices directly."
 TASKS = {"caption": 0.25, "sentence": 0.5, "letter": 0.1, "lookup": 0.15}
+REFINE_TASKS = {"caption": 0.2, "sentence": 0.6, "letter": 0.05, "lookup": 0.15}
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
 
@@ -81,18 +83,32 @@ class ScenePool:
 
 
 def pretrain(
-    output: Path, *, seed: int = 0, vision_steps: int = 500, text_steps: int = 420, joint_steps: int = 1200
-) -> TinyLlavaVideo:
-    """Run the three stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
+    output: Path,
+    *,
+    seed: int = 0,
+    vision_steps: int = 500,
+    text_steps: int = 420,
+    joint_steps: int = 900,
+    refine_steps: int = 1100,
+) -> None:
+    """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer(seed)
     model = build_model(tokenizer, seed)
     pool = ScenePool(4000, rng)
     train_vision(model, pool, rng, vision_steps)
     train_lookup(model, tokenizer, rng, text_steps)
-    train_together(model, tokenizer, pool, rng, joint_steps)
+    train_together(model, tokenizer, pool, rng, joint_steps, TASKS)
     save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
-    return model
+    refine(output, seed=seed, steps=refine_steps)
+
+
+def refine(output: Path, *, seed: int, steps: int) -> None:
+    """A second round of stage 3 on new scenes, from the model in `output`, which it replaces."""
+    rng = np.random.default_rng([seed, 1])
+    model, tokenizer = load_model(output).train(), load_tokenizer(output)
+    train_together(model, tokenizer, ScenePool(4000, rng), rng, steps, REFINE_TASKS)
+    save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
 
 
 def train_vision(model: TinyLlavaVideo, pool: ScenePool, rng: np.random.Generator, steps: int) -> None:
@@ -148,10 +164,15 @@ def train_lookup(
 
 
 def train_together(
-    model: TinyLlavaVideo, tokenizer: PreTrainedTokenizerBase, pool: ScenePool, rng: np.random.Generator, steps: int
+    model: TinyLlavaVideo,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: ScenePool,
+    rng: np.random.Generator,
+    steps: int,
+    shares: dict[str, float],
 ) -> None:
-    """Stage 3: 40 samples a step in the proportions of `TASKS`."""
-    tasks = [task for task, share in TASKS.items() for _ in range(round(40 * share))]
+    """Stage 3: 40 samples a step in the proportions of `shares`."""
+    tasks = [task for task, share in shares.items() for _ in range(round(40 * share))]
 
     def compute() -> torch.Tensor:
         chosen = [int(i) for i in rng.integers(0, len(pool.scenes), len(tasks))]
