@@ -82,8 +82,8 @@ def _cold_start_entry(row: dict[str, Any], scene: Scene) -> dict[str, Any]:
 
 
 def worked_answer(scene: Scene, letter: str) -> str:
-    """The reasoning of a cold-start sample: what was seen, which option that is, the letter."""
-    return f"<think> {scene.fact} So {scene.answer} {letter}. </think> <answer> {letter} </answer>"
+    """The reasoning of a cold-start sample: what was seen, which ends in the answer's word, then its letter."""
+    return f"<think> {scene.fact.removesuffix('.')} {letter}. </think> <answer> {letter} </answer>"
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:

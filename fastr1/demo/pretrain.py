@@ -4,8 +4,8 @@
 
 1. Tower and connector learn, from single frames, which cell each colour is in (a linear head that is thrown away).
 2. The decoder learns, from text alone, to look up the letter of an option, five times per sample.
-3. Together: captions with every shape's cell at every moment, questions answered by a sentence, questions with options
-   answered by the letter, and look-ups.
+3. Together, in three rounds: captions with every shape's cell at every moment, questions answered by a sentence,
+   questions with options answered by the letter or by a sentence and the letter, and look-ups.
 Dense supervision is what makes this work at all; answers alone teach such a model nothing. It never sees the
 `<think> … <answer>` format: that is left to the cold start and to GRPO.
 """
@@ -49,9 +49,11 @@ from fastr1.models import TinyLlavaVideo, load_model, save_model
 from fastr1.schema import IGNORE_INDEX
 from fastr1.video import preprocess_frames
 
+EXPLAIN = "Say what happens, then the option's letter."
 DIRECT = "Answer with the option's letter from the given choices directly."
 TASKS = {"caption": 0.25, "sentence": 0.5, "letter": 0.1, "lookup": 0.15}
 REFINE_TASKS = {"caption": 0.2, "sentence": 0.6, "letter": 0.05, "lookup": 0.15}
+ANSWER_TASKS = {"caption": 0.1, "sentence": 0.3, "explain": 0.5, "lookup": 0.1}
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
 
@@ -90,6 +92,7 @@ def pretrain(
     text_steps: int = 420,
     joint_steps: int = 900,
     refine_steps: int = 1100,
+    answer_steps: int = 400,
 ) -> None:
     """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
     rng = np.random.default_rng(seed)
@@ -100,14 +103,15 @@ def pretrain(
     train_lookup(model, tokenizer, rng, text_steps)
     train_together(model, tokenizer, pool, rng, joint_steps, TASKS)
     save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
-    refine(output, seed=seed, steps=refine_steps)
+    train_further(output, [seed, 1], refine_steps, REFINE_TASKS)
+    train_further(output, [seed, 2], answer_steps, ANSWER_TASKS)
 
 
-def refine(output: Path, *, seed: int, steps: int) -> None:
-    """A second round of stage 3 on new scenes, from the model in `output`, which it replaces."""
-    rng = np.random.default_rng([seed, 1])
+def train_further(output: Path, seed: list[int], steps: int, shares: dict[str, float]) -> None:
+    """Another round of stage 3 on new scenes, from the model in `output`, which it replaces."""
+    rng = np.random.default_rng(seed)
     model, tokenizer = load_model(output).train(), load_tokenizer(output)
-    train_together(model, tokenizer, ScenePool(4000, rng), rng, steps, REFINE_TASKS)
+    train_together(model, tokenizer, ScenePool(4000, rng), rng, steps, shares)
     save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
 
 
@@ -196,6 +200,9 @@ def build_example(
     question = ask(scene, rng)
     if task == "letter":
         return _example(build_prompt(question.problem, instruction=DIRECT), f" {question.letter}", index, tokenizer)
+    if task == "explain":
+        answer = f" {scene.fact.removesuffix('.')} {question.letter}."
+        return _example(build_prompt(question.problem, instruction=EXPLAIN), answer, index, tokenizer)
     if task == "lookup":
         prompt = build_prompt(question.problem, instruction="").replace("<image>\n", "")
         lines = [line.removesuffix(".").split(". ") for line in question.problem.splitlines()[2:]]
