@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 import time
@@ -92,16 +93,19 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
 def launch(config: Path, overrides: Sequence[str]) -> None:
     """`deepspeed fastr1/train.py --config CONFIG --set …` on one process, as typed by hand."""
     load_config(config, overrides)  # a mistake shows here, before the launcher starts
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus",
-        "1",
-        str(REPOSITORY / "fastr1" / "train.py"),
-    ]
-    command += ["--config", str(config)]
+    script = REPOSITORY / "fastr1" / "train.py"
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(_free_port())]
+    command = [*launcher, str(script), "--config", str(config)]
     for override in overrides:
         command += ["--set", override]
     subprocess.run(command, check=True)
+
+
+def _free_port() -> int:
+    """A port for the launcher, so that two demos can run at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _evaluate(root: Path, model: Path, *, blank_video: bool = False) -> dict[str, float]:
