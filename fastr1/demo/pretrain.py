@@ -4,10 +4,10 @@
 
 1. Tower and connector learn, from single frames, which cell each colour is in (a linear head that is thrown away).
 2. The decoder learns, from text alone, to look up the letter of an option, five times per sample.
-3. Together, in three rounds: captions with every shape's cell at every moment, questions answered by a sentence,
-   questions with options answered by the letter or by a sentence and the letter, and look-ups.
-Dense supervision is what makes this work at all; answers alone teach such a model nothing. It never sees the
-`<think> … <answer>` format: that is left to the cold start and to GRPO.
+3. Together, in four rounds: captions with every shape's cell at every moment, questions answered by a sentence,
+   questions with options answered by the letter or by a sentence and the letter, look-ups, and text in tags to repeat.
+Dense supervision is what makes this work at all; answers alone teach such a model nothing. Tags occur only
+in text to repeat: reasoning and answering in them is left to the cold start and to GRPO.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastr1.data.prompts import build_caption_text, build_prompt, tokenize_with_image
+from fastr1.data.prompts import SYSTEM, build_caption_text, build_prompt, tokenize_with_image
 from fastr1.data.tokenizer import load_tokenizer
 from fastr1.demo.base import IMAGE_SIZE, build_model, build_tokenizer
 from fastr1.demo.scenes import (
@@ -54,6 +54,8 @@ DIRECT = "Answer with the option's letter from the given choices directly."
 TASKS = {"caption": 0.25, "sentence": 0.5, "letter": 0.1, "lookup": 0.15}
 REFINE_TASKS = {"caption": 0.2, "sentence": 0.6, "letter": 0.05, "lookup": 0.15}
 ANSWER_TASKS = {"caption": 0.1, "sentence": 0.3, "explain": 0.5, "lookup": 0.1}
+MARKUP_TASKS = {"sentence": 0.15, "explain": 0.6, "lookup": 0.1, "markup": 0.15}
+TAGS = ("think", "answer", "note", "video")
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
 
@@ -93,6 +95,7 @@ def pretrain(
     joint_steps: int = 900,
     refine_steps: int = 1100,
     answer_steps: int = 400,
+    markup_steps: int = 220,
 ) -> None:
     """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
     rng = np.random.default_rng(seed)
@@ -105,6 +108,7 @@ def pretrain(
     save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
     train_further(output, [seed, 1], refine_steps, REFINE_TASKS)
     train_further(output, [seed, 2], answer_steps, ANSWER_TASKS)
+    train_further(output, [seed, 3], markup_steps, MARKUP_TASKS)
 
 
 def train_further(output: Path, seed: list[int], steps: int, shares: dict[str, float]) -> None:
@@ -197,6 +201,9 @@ def build_example(
     if task == "sentence":
         asked, fact = scene.facts[rng.integers(len(scene.facts))]
         return _example(build_prompt(asked, instruction=""), f" {fact}", index, tokenizer)
+    if task == "markup":
+        text = _random_markup(rng)
+        return _example(f"{SYSTEM} USER: Repeat: {text} ASSISTANT:", f" {text}", None, tokenizer)
     question = ask(scene, rng)
     if task == "letter":
         return _example(build_prompt(question.problem, instruction=DIRECT), f" {question.letter}", index, tokenizer)
@@ -209,6 +216,16 @@ def build_example(
         answer = "".join(f" {lines[i][1]} {lines[i][0]}." for i in rng.permutation(len(lines)))
         return _example(prompt, answer, None, tokenizer)
     raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+
+
+def _random_markup(rng: np.random.Generator) -> str:
+    """One to three tagged runs of words and letters in no meaningful order: tags a real base model has met before."""
+    words = [*COLOURS, *DIRECTIONS, *COUNTS, *LETTERS]
+    parts = []
+    for tag in rng.choice(TAGS, size=int(rng.integers(1, 4))):
+        inside = " ".join(str(word) for word in rng.choice(words, size=int(rng.integers(1, 5))))
+        parts.append(f"<{tag}> {inside} </{tag}>")
+    return " ".join(parts)
 
 
 def _example(prompt: str, answer: str, scene: int | None, tokenizer: PreTrainedTokenizerBase) -> Example:
