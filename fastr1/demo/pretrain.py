@@ -4,7 +4,7 @@
 
 1. Tower and connector learn, from single frames, which cell each colour is in (a linear head that is thrown away).
 2. The decoder learns, from text alone, to look up the letter of an option, five times per sample.
-3. Together, in four rounds: captions with every shape's cell at every moment, questions answered by a sentence,
+3. Together, in five rounds: captions with every shape's cell at every moment, questions answered by a sentence,
    questions with options answered by the letter or by a sentence and the letter, look-ups, and text in tags to repeat.
 Dense supervision is what makes this work at all; answers alone teach such a model nothing. Tags occur only
 in text to repeat: reasoning and answering in them is left to the cold start and to GRPO.
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fastr1.config import INSTRUCTION
 from fastr1.data.prompts import SYSTEM, build_caption_text, build_prompt, tokenize_with_image
 from fastr1.data.tokenizer import load_tokenizer
 from fastr1.demo.base import IMAGE_SIZE, build_model, build_tokenizer
@@ -55,6 +56,7 @@ TASKS = {"caption": 0.25, "sentence": 0.5, "letter": 0.1, "lookup": 0.15}
 REFINE_TASKS = {"caption": 0.2, "sentence": 0.6, "letter": 0.05, "lookup": 0.15}
 ANSWER_TASKS = {"caption": 0.1, "sentence": 0.3, "explain": 0.5, "lookup": 0.1}
 MARKUP_TASKS = {"sentence": 0.15, "explain": 0.6, "lookup": 0.1, "markup": 0.15}
+INSTRUCTED_TASKS = {"sentence": 0.1, "explain": 0.15, "instructed": 0.6, "markup": 0.15}
 TAGS = ("think", "answer", "note", "video")
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
@@ -96,6 +98,7 @@ def pretrain(
     refine_steps: int = 1100,
     answer_steps: int = 400,
     markup_steps: int = 220,
+    instructed_steps: int = 130,
 ) -> None:
     """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
     rng = np.random.default_rng(seed)
@@ -109,6 +112,7 @@ def pretrain(
     train_further(output, [seed, 1], refine_steps, REFINE_TASKS)
     train_further(output, [seed, 2], answer_steps, ANSWER_TASKS)
     train_further(output, [seed, 3], markup_steps, MARKUP_TASKS)
+    train_further(output, [seed, 4], instructed_steps, INSTRUCTED_TASKS)
 
 
 def train_further(output: Path, seed: list[int], steps: int, shares: dict[str, float]) -> None:
@@ -207,9 +211,11 @@ def build_example(
     question = ask(scene, rng)
     if task == "letter":
         return _example(build_prompt(question.problem, instruction=DIRECT), f" {question.letter}", index, tokenizer)
-    if task == "explain":
+    if task in ("explain", "instructed"):
+        # Words that were never trained would drown the question in the cold start, so the base meets them here.
+        instruction = EXPLAIN if task == "explain" else INSTRUCTION
         answer = f" {scene.fact.removesuffix('.')} {question.letter}."
-        return _example(build_prompt(question.problem, instruction=EXPLAIN), answer, index, tokenizer)
+        return _example(build_prompt(question.problem, instruction=instruction), answer, index, tokenizer)
     if task == "lookup":
         prompt = build_prompt(question.problem, instruction="").replace("<image>\n", "")
         lines = [line.removesuffix(".").split(". ") for line in question.problem.splitlines()[2:]]
