@@ -1,3 +1,3 @@
-"""fastr1: a fast GRPO trainer for small video language models."""
+"""fastr1: a GRPO trainer for small video language models."""
 
 __version__ = "0.1.0"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastr1.config import DataConfig
-from fastr1.data.prompts import build_prompt, tokenize_with_image
+from fastr1.config import INSTRUCTION, DataConfig
+from fastr1.data.prompts import build_prompt_ids
 from fastr1.data.tokenizer import load_tokenizer
 from fastr1.models import load_model
 from fastr1.rewards.functions import extract_think
@@ -35,7 +35,7 @@ def chat(
     max_completion_length: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
-    instruction: str = "",
+    instruction: str = INSTRUCTION,
     device: str | None = None,
 ) -> ChatAnswer:
     """Answer `question`, sent as it stands plus `instruction`; greedy unless `temperature` is positive."""
@@ -43,8 +43,8 @@ def chat(
     model = load_model(model_path, dtype=resolve_dtype("auto", where), device=where)
     tokenizer = load_tokenizer(model_path)
     pixels = load_pixels(Path(video_path), DataConfig(num_frames=num_frames), model)
-    prompt = build_prompt(question, instruction=instruction)
-    prompt_ids = torch.tensor(tokenize_with_image(prompt, tokenizer), device=where)
+    ids = build_prompt_ids(question, tokenizer, instruction=instruction, max_tokens=model.config.max_prompt_tokens)
+    prompt_ids = torch.tensor(ids, device=where)
     params = SamplingParams(max_completion_length, temperature=temperature)
     text = sample_completions(model, tokenizer, [prompt_ids], [pixels], params, seed=seed).texts[0]
     answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)

@@ -114,8 +114,16 @@ def find_last_checkpoint(output_dir: str | Path) -> Path:
 def _complete_checkpoints(root: Path) -> list[Path]:
     """Oldest save first."""
     folders = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    complete = [path for path in folders if (path / MANIFEST).is_file()]
+    complete = [path for path in folders if _is_complete(path)]
     return sorted(complete, key=lambda path: _parse_manifest(path)["saved_at_ns"])
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the manifest, written last, is there and whole."""
+    try:
+        return "saved_at_ns" in _parse_manifest(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def _rank_file(rank: int) -> str:
@@ -166,8 +174,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after checking every file it lists."""
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} does not exist; give an existing folder, or {LAST!r}")
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"checkpoint {folder} has no {MANIFEST}: saving did not finish; use an earlier one")
+    if not _is_complete(folder):
+        raise CheckpointError(f"checkpoint {folder} has no whole {MANIFEST}: saving did not finish; use an earlier one")
     manifest = _parse_manifest(folder)
     for name, num_bytes in manifest["files"].items():
         path = folder / name

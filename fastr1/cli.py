@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import DataConfig, GRPOConfig, TrainConfig
+from fastr1.config import INSTRUCTION, DataConfig, GRPOConfig, TrainConfig
 from fastr1.config_io import ConfigError, load_config
 
 Command = Callable[[argparse.Namespace], int]
@@ -140,6 +140,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-completion-length", type=_positive, default=length, help="in tokens (default: %(default)s)"
     )
+    parser.add_argument(
+        "--instruction", default=INSTRUCTION, metavar="TEXT", help="follows the question (default: %(default)r)"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
 
 
@@ -205,6 +208,7 @@ def _eval(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         max_completion_length=args.max_completion_length,
         limit=args.limit,
+        instruction=args.instruction,
         blank_video=args.blank_video,
         device=args.device,
         output=args.output,
@@ -223,6 +227,7 @@ def _chat(args: argparse.Namespace) -> int:
         num_frames=args.num_frames,
         max_completion_length=args.max_completion_length,
         temperature=args.temperature,
+        instruction=args.instruction,
         device=args.device,
     )
     print(answer.text)

@@ -84,7 +84,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.output_dir": _GIVEN,
     "run.seed": _AT_LEAST_ZERO,
     "run.logging_steps": _AT_LEAST_ONE,
-    "run.save_steps": (lambda value: value >= 0, "0 or more; 0 saves at the end only"),
+    "run.save_steps": (lambda value: value >= 0, "0 or more; 0 writes no checkpoint, only the final model"),
     "run.save_total_limit": _AT_LEAST_ONE,
     "run.eval_steps": (lambda value: value >= 0, "0 or more; 0 never evaluates during training"),
     "run.eval_samples": _AT_LEAST_ONE,
@@ -147,10 +147,15 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise ConfigError(
             f"reward.weights has {len(reward.weights)} numbers for {len(reward.functions)} reward.functions"
         )
-    if grpo.delta is not None and grpo.delta <= 1 + grpo.epsilon:
+    if reward.weights is not None and not any(reward.weights):
         raise ConfigError(
-            f"grpo.delta is {grpo.delta}; it bounds the ratio from above and must be more than 1 + grpo.epsilon = "
-            f"{1 + grpo.epsilon}"
+            f"reward.weights is {list(reward.weights)}; nothing would be rewarded, make one of them non-zero"
+        )
+    upper = "epsilon" if grpo.epsilon_high is None else "epsilon_high"
+    if grpo.delta is not None and grpo.delta <= 1 + getattr(grpo, upper):
+        raise ConfigError(
+            f"grpo.delta is {grpo.delta}; it bounds the ratio from above and must be more than 1 + grpo.{upper} = "
+            f"{1 + getattr(grpo, upper)}"
         )
     if grpo.loss_type == "tinyllava_video_r1":
         _refuse_clipping_options(config)

@@ -41,7 +41,7 @@ class _Library:
 
 _LIBRARIES = (
     _Library("torch", "torch", True, "install torch >= 2.11 as described on pytorch.org"),
-    _Library("triton", "triton", False, "pip install triton (Linux; needed for the GPU kernels)"),
+    _Library("triton", "triton", False, "pip install triton (Linux; the package of the losses asks for it)"),
     _Library("transformers", "transformers", True, PIP_TRAIN),
     _Library("deepspeed", "deepspeed", True, f"{PIP_TRAIN}, with torch already installed"),
     _Library("av", "av", True, PIP_TRAIN),
@@ -49,7 +49,7 @@ _LIBRARIES = (
         "torchcodec",
         "torchcodec",
         False,
-        "pip install torchcodec (0.13 with a CPU-only torch, 0.14 or later with CUDA 13) and FFmpeg 4 to 9 shared "
+        "pip install torchcodec (0.13 with a CPU-only torch, 0.14 or later with CUDA 13) and FFmpeg 4 to 8 shared "
         "libraries, or run scripts/link_ffmpeg.py; without torchcodec, PyAV decodes on the CPU",
     ),
     _Library("liger-kernel", "liger_kernel", False, "pip install liger-kernel (peers in the benches)"),

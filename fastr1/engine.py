@@ -234,7 +234,14 @@ class Engine:
 
 def launched_world_size() -> int:
     """Number of processes of this run, known before any engine exists."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    """Whether a launcher set both variables; one alone is a leftover of something else."""
+    return bool(os.environ.get("RANK")) and bool(os.environ.get("WORLD_SIZE"))
 
 
 def init_process_group() -> bool:
@@ -245,7 +252,7 @@ def init_process_group() -> bool:
     _quieten_deepspeed()
     created = not dist.is_initialized()
     backend = get_accelerator().communication_backend_name()
-    if created and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if created and _is_launched():
         device = _local_device()
         bind = device if device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1 else None
         dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastr1.config import INSTRUCTION, DataConfig
-from fastr1.data.prompts import build_prompt, tokenize_with_image
+from fastr1.data.prompts import build_prompt_ids
 from fastr1.data.questions import option_letters
 from fastr1.data.records import load_grpo_samples
 from fastr1.data.tokenizer import load_tokenizer
@@ -121,10 +121,14 @@ def _answer(
     blank_video: bool,
 ) -> list[Answer]:
     videos = [model.encode_frames(torch.zeros_like(p) if blank_video else p) for p in pixels]
-    prompts = [build_prompt(sample.problem, instruction=data.instruction) for sample in samples]
-    prompt_ids = [torch.tensor(tokenize_with_image(prompt, tokenizer), device=model.device) for prompt in prompts]
+    limit = model.config.max_prompt_tokens
+    prompt_ids = [
+        build_prompt_ids(s.problem, tokenizer, instruction=data.instruction, max_tokens=limit, origin=s.origin)
+        for s in samples
+    ]
     params = SamplingParams(max_completion_length, temperature=0)
-    rollout = sample_completions(model, tokenizer, prompt_ids, videos, params)
+    prompts = [torch.tensor(ids, device=model.device) for ids in prompt_ids]
+    rollout = sample_completions(model, tokenizer, prompts, videos, params)
     lengths = rollout.completion_mask.sum(dim=1).tolist()
     answers = []
     for sample, text, length in zip(samples, rollout.texts, lengths, strict=True):

@@ -22,9 +22,9 @@ from fastr1.data.records import BadSampleLedger, LoadedSamples, load_grpo_sample
 from fastr1.data.sampler import PromptSampler
 from fastr1.engine import Engine, launched_world_size
 from fastr1.evaluate import evaluate_samples, summarise_answers
-from fastr1.metrics import PhaseTimer, RunLogger, peak_memory_bytes
+from fastr1.metrics import METRICS_FILE, PhaseTimer, RunLogger, peak_memory_bytes
 from fastr1.runtime import StopRequest, export_model, image_size_of, load_policy, pixel_loader
-from fastr1.schema import Sample, SftSample
+from fastr1.schema import DataError, Sample, SftSample
 from fastr1.video import ClipPrefetcher, describe_backend
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,17 @@ class TrainingRun(Generic[S]):
         data, optim = config.data, config.optim
         self.config = config
         self.output_dir = Path(config.run.output_dir)
+        if config.run.resume_from_checkpoint is None:
+            _refuse_used_folder(self.output_dir)
         bad = {"policy": data.policy, "max_bad_fraction": data.max_bad_fraction}
         loaded = load_samples(data.train_file, data.video_root, **bad)  # type: ignore[arg-type]
         self.samples: list[S] = loaded.samples
         self.ledger = BadSampleLedger(loaded.num_rows, num_bad_rows=len(loaded.bad_rows), **bad)  # type: ignore[arg-type]
+        self._eval_samples: list[Sample] = []
+        if config.run.eval_steps:
+            assert data.eval_file is not None
+            held_out = load_grpo_samples(data.eval_file, data.eval_video_root or data.video_root)
+            self._eval_samples = held_out.samples[: config.run.eval_samples]
         self.model, self.tokenizer = load_policy(config)
         self.samples_per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
         self.sampler = PromptSampler(
@@ -87,7 +94,6 @@ class TrainingRun(Generic[S]):
         )
         self.model.train()
         self.timer = PhaseTimer(self.engine.device)
-        self._eval_samples: list[Sample] | None = None
 
     def __enter__(self) -> TrainingRun[S]:
         return self
@@ -131,17 +137,12 @@ class TrainingRun(Generic[S]):
 
     def evaluate(self) -> Metrics:
         """Greedy accuracy on the held-out questions, shared among the ranks."""
-        data, run = self.config.data, self.config.run
-        if self._eval_samples is None:
-            assert data.eval_file is not None
-            loaded = load_grpo_samples(data.eval_file, data.eval_video_root or data.video_root)
-            self._eval_samples = loaded.samples[: run.eval_samples]
         with self.timer.phase("evaluation"), self.engine.gathered_parameters():
             mine = evaluate_samples(
                 self.model,
                 self.tokenizer,
                 self._eval_samples[self.engine.rank :: self.engine.world_size],
-                data,
+                self.config.data,
                 max_completion_length=self.config.grpo.max_completion_length,
             )
         answers = [answer for answers in self.engine.gather_objects(mine) for answer in answers]
@@ -212,6 +213,16 @@ class TrainingRun(Generic[S]):
         state, limit = {"sampler": self.sampler.state_dict()}, self.config.run.save_total_limit
         with self.timer.phase("checkpoint"):
             return save_checkpoint(self.engine, self.output_dir, step, state, save_total_limit=limit)
+
+
+def _refuse_used_folder(folder: Path) -> None:
+    """A new run would mix its log and checkpoints with those of the run before it."""
+    for name in (METRICS_FILE, "checkpoints", "final"):
+        if (folder / name).exists():
+            raise DataError(
+                f"{folder} holds an earlier run ({name}): choose another run.output_dir, delete that folder, or go on "
+                "with run.resume_from_checkpoint=last"
+            )
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastr1.config import TrainConfig
-from fastr1.data.prompts import build_prompt, tokenize_with_image
+from fastr1.data.prompts import build_prompt_ids
 from fastr1.data.records import load_grpo_samples
 from fastr1.loop import Metrics, Rows, TrainingRun, Update
 from fastr1.rewards import Scored, build_scorer
@@ -63,6 +63,8 @@ class GRPOTrainer:
         self.timer = run.timer
         self.scorer = build_scorer(run.config.reward)
         self.reference = load_policy(run.config)[0].requires_grad_(False) if self.grpo.beta else None
+        for sample in run.samples:
+            self._tokenize(sample)  # a prompt that is too long is an error now, not hours into the run
         self.sampling = SamplingParams(
             self.grpo.max_completion_length, self.grpo.temperature, self.grpo.top_k, self.grpo.top_p
         )
@@ -95,8 +97,14 @@ class GRPOTrainer:
         return metrics, rollout_rows(update.samples, *judged)
 
     def _tokenize(self, sample: Sample) -> torch.Tensor:
-        prompt = build_prompt(sample.problem, instruction=self.config.data.instruction)
-        return torch.tensor(tokenize_with_image(prompt, self.run.tokenizer), device=self.engine.device)
+        ids = build_prompt_ids(
+            sample.problem,
+            self.run.tokenizer,
+            instruction=self.config.data.instruction,
+            max_tokens=self.run.model.config.max_prompt_tokens,
+            origin=sample.origin,
+        )
+        return torch.tensor(ids, device=self.engine.device)
 
     def _roll_out(self, prompt_ids: list[torch.Tensor], videos: list[torch.Tensor], keys: list[int]) -> Rollout:
         model = self.run.model.eval()  # in training mode, gradient checkpointing would switch the cache off
@@ -121,7 +129,7 @@ class GRPOTrainer:
         scored = self.scorer.score(rollout.texts, [s for s in update.samples for _ in range(grpo.num_generations)])
         row_valid = update.is_valid.repeat_interleave(grpo.num_generations)
         # NaN: takes no part in the statistics.
-        rewards = torch.tensor(scored.rewards).masked_fill(~row_valid, torch.nan)
+        rewards = torch.tensor(scored.rewards, dtype=torch.float64).masked_fill(~row_valid, torch.nan)
         everyone = torch.cat(self.engine.gather_objects(rewards))
         if everyone.isnan().all():
             raise DataError(
@@ -137,7 +145,7 @@ class GRPOTrainer:
             noise_std=grpo.advantage_noise_std,
             generator=torch.Generator().manual_seed(self.config.run.seed + update.step),
         )
-        mine = advantages.chunk(self.engine.world_size)[self.engine.rank].to(device)
+        mine = advantages.chunk(self.engine.world_size)[self.engine.rank].to(device, torch.float32)
         loss_mask = rollout.completion_mask & row_valid.to(device)[:, None]
         if grpo.mask_truncated_completions:
             loss_mask = loss_mask & ~rollout.is_truncated[:, None]

@@ -146,6 +146,12 @@ def test_missing_checkpoints_are_explained(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no complete checkpoint"):
             find_last_checkpoint(tmp_path)
         moved.rename(saved)
+    whole = (saved / "manifest.json").read_text()
+    (saved / "manifest.json").write_text(whole[:20])  # what a power loss may leave
+    with pytest.raises(CheckpointError, match="saving did not finish"):
+        load_into(1, saved)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_last_checkpoint(tmp_path)
     (saved / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="saving did not finish"):
         load_into(1, saved)

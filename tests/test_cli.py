@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fastr1 import cli, train
+from fastr1.config import INSTRUCTION
 from fastr1.schema import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -147,7 +148,7 @@ def test_eval_passes_its_options_and_prints_json(
 ) -> None:
     recorder = Recorder(monkeypatch, "fastr1.evaluate", "evaluate_checkpoint", {"accuracy": 0.5})
     options = "--model m --data-file d.jsonl --video-root v --num-frames -1 --limit 3 --blank-video --device cpu"
-    assert cli.main(["eval", *options.split()]) == 0
+    assert cli.main(["eval", *options.split(), "--instruction", "Be brief."]) == 0
     assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5}
     assert recorder.calls == [
         (
@@ -160,6 +161,7 @@ def test_eval_passes_its_options_and_prints_json(
                 "batch_size": 8,
                 "max_completion_length": 512,
                 "limit": 3,
+                "instruction": "Be brief.",
                 "blank_video": True,
                 "device": "cpu",
                 "output": None,
@@ -177,7 +179,13 @@ def test_chat_passes_its_options_and_prints_the_text(
     assert capsys.readouterr().out == answer.text + "\n"
     args, options = recorder.calls[0]
     assert args == ("m", "v.mp4", "Which?\nOptions:")
-    assert options == {"num_frames": 16, "max_completion_length": 512, "temperature": 0.5, "device": None}
+    assert options == {
+        "num_frames": 16,
+        "max_completion_length": 512,
+        "temperature": 0.5,
+        "instruction": INSTRUCTION,
+        "device": None,
+    }
 
 
 def test_demo_commands_pass_their_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

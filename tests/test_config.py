@@ -253,6 +253,8 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["grpo.delta=3"], "does not clip"),
         (["grpo.importance_sampling_level=sequence"], "does not clip"),
         (["grpo.loss_type=grpo", "grpo.delta=1.2"], "more than 1 + grpo.epsilon"),
+        (["reward.weights=[0.0]"], "nothing would be rewarded"),
+        (["grpo.loss_type=grpo", "grpo.epsilon_high=0.5", "grpo.delta=1.3"], "more than 1 + grpo.epsilon_high = 1.5"),
         (["grpo.loss_type=grpo", "grpo.epsilon=-0.1"], "grpo.epsilon is -0.1"),
         (["grpo.loss_type=grpo", "grpo.epsilon_high=-1"], "grpo.epsilon_high is -1"),
         (["model.dtype=bfloat16", "deepspeed.zero_optimization.stage=0"], "summed in it"),

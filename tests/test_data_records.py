@@ -125,6 +125,8 @@ BAD_GRPO_ROWS = [
     (grpo_row(problem_type=3), "field 'problem_type' is int"),
     (grpo_row(data_type="image"), "data_type is 'image'"),
     (grpo_row(solution=...), "field 'solution' is missing"),
+    (grpo_row(problem=f"Which {chr(0xD83D)}?\nA. x.\nB. y."), "half of a surrogate pair"),
+    (grpo_row(video_filename="a" * 300 + ".mp4"), "cannot be looked at"),
     (grpo_row(solution="C"), "solution 'C' is not one of the options ABC"),
     (grpo_row(solution="<answer>E</answer>"), "is not one of the options ABC"),
     (grpo_row(solution="<answer>c</answer>"), "is not one of the options ABC"),
@@ -191,6 +193,11 @@ def test_bad_sft_row_stops_or_is_dropped(root: Path, row: Any, reason: str) -> N
     assert loaded.samples == [
         SftSample("12", "Which one?", "<think> x </think> <answer> C </answer>", root / "clips/a.mp4", "rows.json[0]")
     ]
+
+
+def test_solution_written_over_several_lines_is_the_same_solution(root: Path) -> None:
+    file = write_jsonl(root, grpo_row(solution="<answer>\nC\n</answer>"))
+    assert load_grpo_samples(file, root).samples[0].solution == "<answer>C</answer>"
 
 
 def test_error_policy_names_the_first_bad_row(root: Path) -> None:

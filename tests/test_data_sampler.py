@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastr1.data.sampler import PromptSampler
+from fastr1.schema import DataError
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_looking_ahead_does_not_move_on() -> None:
 @pytest.mark.parametrize(("name", "value"), [("num_samples", 11), ("prompts_per_update", 2), ("seed", 1)])
 def test_resume_refuses_another_run(name: str, value: int) -> None:
     state = PromptSampler(10, prompts_per_update=4, seed=0).state_dict()
-    with pytest.raises(ValueError, match=f"{name} = {value}"):
+    with pytest.raises(DataError, match=f"{name} = {value}"):
         PromptSampler(10, prompts_per_update=4, seed=0).load_state_dict({**state, name: value})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import av
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from fastr1.data.records import load_grpo_samples, load_sft_samples
-from fastr1.demo import dataset
+from fastr1.demo import dataset, pretrain
+from fastr1.demo.base import build_model, build_tokenizer
 from fastr1.demo.scenes import COLOURS, COUNTS, DIRECTIONS, FLASH, KINDS, LETTERS, ask, describe, render, sample_scene
 from fastr1.rewards.functions import accuracy_reward, format_reward
+from fastr1.schema import IGNORE_INDEX
 from fastr1.video import load_clip, uniform_indices
 
 
@@ -158,3 +161,58 @@ def test_same_seed_writes_the_same_data_another_seed_other_data(written, tmp_pat
     a, same, b = (load_clip(folder / clip, num_frames=8).frames for folder in (tmp_path / "a", root, tmp_path / "b"))
     assert torch.equal(a, same)
     assert not torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    tokenizer = build_tokenizer(0)
+    rng = np.random.default_rng(0)
+    return build_model(tokenizer, 0), tokenizer, pretrain.ScenePool(6, rng)
+
+
+def _examples(task, tokenizer, pool, count=12):
+    rng = np.random.default_rng(1)
+    indices = [i % len(pool.scenes) for i in range(count)]
+    return [pretrain.build_example(task, pool.scenes[i], i, tokenizer, rng) for i in indices]
+
+
+def _learned(example, tokenizer):
+    return tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+
+
+def test_base_never_answers_in_the_tags_of_the_cold_start(untrained):
+    _, tokenizer, pool = untrained
+    for task in {*pretrain.TASKS, *pretrain.ANSWER_TASKS} - {"markup"}:
+        for example in _examples(task, tokenizer, pool):
+            assert "<think>" not in _learned(example, tokenizer)
+            assert "<answer>" not in _learned(example, tokenizer)
+    assert any("<think>" in _learned(example, tokenizer) for example in _examples("markup", tokenizer, pool))
+
+
+def test_worked_options_teach_every_letter_but_not_what_was_seen(untrained):
+    _, tokenizer, pool = untrained
+    for example in _examples("options", tokenizer, pool):
+        text = tokenizer.decode([i for i in example.input_ids if i >= 0])
+        options = dict(re.findall(r"([A-E])\. (\w+)\.", text.split("Options:")[1]))
+        answers = re.findall(r"> [^<>]*?(\w+) ([A-E])\. </\w+> <\w+> ([A-E]) </", text)
+        assert len(answers) == 3
+        for word, letter, repeated in answers:
+            assert options[letter] == word
+            assert repeated == letter
+        assert "The" not in _learned(example, tokenizer)
+
+
+def test_loss_of_a_mixed_batch_is_that_of_its_samples_one_by_one(untrained):
+    model, tokenizer, pool = untrained
+    examples = [e for task in ("caption", "sentence", "options", "lookup") for e in _examples(task, tokenizer, pool, 3)]
+    total, weights = 0.0, 0.0
+    with torch.no_grad():
+        for example in examples:
+            video = {} if example.scene is None else {example.scene: model.encode_video(pool.pixels(example.scene))}
+            embeds, labels = pretrain._embed(model, example, video)
+            logits = model.language_model(inputs_embeds=embeds[None]).logits[0, :-1]
+            weight = (labels[1:] != IGNORE_INDEX).sum().sqrt()
+            total += weight * torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX)
+            weights += weight
+        together = pretrain.compute_loss(model, examples, pool)
+    torch.testing.assert_close(together, total / weights, rtol=1e-5, atol=1e-5)

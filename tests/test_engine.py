@@ -26,7 +26,7 @@ from engine_toys import (
 )
 
 from fastr1.config import OptimConfig
-from fastr1.engine import Engine, EngineError, NonFiniteGradientError, build_deepspeed_config
+from fastr1.engine import Engine, EngineError, NonFiniteGradientError, build_deepspeed_config, launched_world_size
 
 STAGES = (0, 1, 2, 3)
 FROZEN = ("vision_tower.weight", "vision_tower.bias")
@@ -355,3 +355,17 @@ def test_commands_that_start_a_run(tmp_path: Path, command: str) -> None:
     world_size, norms = json.loads(output.read_text())
     assert world_size == (2 if "2" in command else 1)
     assert norms == pytest.approx(train_plain(OPTIM, ((4,),) * 2)[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "size"),
+    [({}, 1), ({"WORLD_SIZE": "2"}, 1), ({"WORLD_SIZE": ""}, 1), ({"RANK": "0", "WORLD_SIZE": "2"}, 2)],
+)
+def test_world_size_needs_both_variables_of_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], size: int
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched_world_size() == size

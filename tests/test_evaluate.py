@@ -11,6 +11,7 @@ import pytest
 from trainer_toys import NUM_SAMPLES, make_config, problem, write_world
 
 from fastr1.chat import chat
+from fastr1.config import INSTRUCTION
 from fastr1.evaluate import Answer, evaluate_checkpoint, summarise_answers
 from fastr1.schema import DataError
 from fastr1.sft import run_sft
@@ -143,7 +144,7 @@ def test_bad_video_is_never_left_out_of_the_rate(world: Path, tmp_path: Path) ->
 
 
 def test_chat_splits_thinking_and_answer(world: Path, learnt: Path) -> None:
-    reply = chat(learnt, world / "1.mp4", problem(1), num_frames=4, device="cpu")
+    reply = chat(learnt, world / "1.mp4", problem(1), instruction="", num_frames=4, device="cpu")
     assert reply.thinking == "It is green."
     assert reply.answer == "B"
     assert reply.text == "<think> It is green. </think> <answer> B </answer>"
@@ -164,3 +165,23 @@ def test_chat_is_greedy_by_default_and_follows_the_seed_otherwise(world: Path) -
     assert ask(seed=1) == ask(seed=2)
     assert ask(temperature=1.0, seed=1) == ask(temperature=1.0, seed=1)
     assert len({ask(temperature=1.0, seed=seed) for seed in range(4)}) > 1
+
+
+def test_chat_asks_with_the_instruction_of_training_unless_told_otherwise(world: Path) -> None:
+    def ask(**options: Any) -> str:
+        limits = {"num_frames": 4, "max_completion_length": 8, "device": "cpu"}
+        return chat(world / "base", world / "0.mp4", problem(0), **limits, **options).text
+
+    assert ask() == ask(instruction=INSTRUCTION) != ask(instruction="")
+
+
+def test_prompt_that_would_be_cut_is_an_error(world: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long"
+    shutil.copytree(world, long)
+    rows = [json.loads(line) for line in (long / "questions.jsonl").read_text().splitlines()]
+    rows[3]["problem"] = "Well, " * 400 + rows[3]["problem"]
+    (long / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"questions\.jsonl:4: the prompt has \d+ tokens and the model takes \d+ "):
+        evaluate(world / "base", long, tmp_path)
+    with pytest.raises(DataError, match="question: the prompt has"):
+        chat(world / "base", world / "0.mp4", "Well, " * 400, num_frames=4, device="cpu")

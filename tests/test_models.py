@@ -10,7 +10,7 @@ from conftest import shared_path
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from fastr1.models import CheckpointError, load_model, save_model
+from fastr1.models import ModelFileError, load_model, save_model
 from fastr1.models.connector import chunk_sizes, sinusoidal_table
 
 
@@ -195,18 +195,18 @@ def _edit_config(model, path, **changes):
 )
 def test_wrong_config_is_a_clear_error(model, tmp_path, changes, message):
     _edit_config(model, tmp_path, **changes)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelFileError, match=message):
         load_model(tmp_path)
 
 
 def test_missing_and_truncated_files_are_clear_errors(model, tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json: not found"):
+    with pytest.raises(ModelFileError, match=r"config\.json: not found"):
         load_model(tmp_path / "nowhere")
     save_model(model, tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: unreadable"):
+    with pytest.raises(ModelFileError, match=r"model\.safetensors: unreadable"):
         load_model(tmp_path)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not found"):
+    with pytest.raises(ModelFileError, match=r"model\.safetensors: not found"):
         load_model(tmp_path)

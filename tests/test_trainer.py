@@ -218,6 +218,30 @@ def break_video(world: Path, tmp_path: Path, index: int) -> Path:
     return broken
 
 
+def test_prompt_that_would_be_cut_stops_the_run_before_its_first_update(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder)
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    rows[-1]["problem"] = "Well, " * 400 + rows[-1]["problem"]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"questions\.jsonl:{len(rows)}: the prompt has \d+ tokens"):
+        train(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_new_run_refuses_a_folder_with_an_earlier_one(world: Path, plain: Path) -> None:
+    before = (plain / "metrics.jsonl").read_bytes()
+    with pytest.raises(DataError, match=r"holds an earlier run \(metrics\.jsonl\).*resume_from_checkpoint=last"):
+        train(world, plain, run__seed=7)
+    assert (plain / "metrics.jsonl").read_bytes() == before
+
+
+def test_missing_evaluation_file_stops_the_run_before_its_first_update(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nope\.jsonl"):
+        train(world, tmp_path, data__eval_file=str(world / "nope.jsonl"), run__eval_steps=2)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_bad_video_stops_the_run_by_default(world: Path, tmp_path: Path) -> None:
     broken = break_video(world, tmp_path, 3)
     with pytest.raises(DataError, match=r"questions\.jsonl:4.*3\.mp4"):

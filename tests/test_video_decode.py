@@ -19,6 +19,7 @@ import torch
 
 from fastr1.schema import DataError
 from fastr1.video import (
+    BackendError,
     VideoError,
     backend_in_use,
     blank_clip,
@@ -391,7 +392,7 @@ def test_auto_does_without_torchcodec_and_says_why_once(videos, no_torchcodec, c
 
 
 def test_forced_torchcodec_that_cannot_be_loaded_is_an_error_with_remedies(videos, no_torchcodec):
-    with pytest.raises(ValueError, match=r"libavutil\.so\.59 not found.*scripts/link_ffmpeg\.py.*pyav"):
+    with pytest.raises(BackendError, match=r"libavutil\.so\.59 not found.*scripts/link_ffmpeg\.py.*pyav"):
         load_clip(videos / "plain.mp4", backend="torchcodec")
 
 

@@ -49,6 +49,28 @@ def tokenize_with_image(text: str, tokenizer: PreTrainedTokenizerBase) -> list[i
     return ids
 
 
+def build_prompt_ids(
+    problem: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    instruction: str,
+    max_tokens: int,
+    origin: str = "question",
+) -> list[int]:
+    """Token ids of `build_prompt`, the placeholder among them.
+
+    Raises:
+        DataError: more than `max_tokens`; the model would cut the end of the question off without a word.
+    """
+    ids = tokenize_with_image(build_prompt(problem, instruction=instruction), tokenizer)
+    if len(ids) > max_tokens:
+        raise DataError(
+            f"{origin}: the prompt has {len(ids)} tokens and the model takes {max_tokens} beside the video; "
+            "shorten the question or raise tokenizer_model_max_length in the config.json of the model"
+        )
+    return ids
+
+
 def build_sft_example(
     question: str,
     answer: str,

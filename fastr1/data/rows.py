@@ -47,9 +47,13 @@ class VideoFiles:
 
     @staticmethod
     def _inspect(path: Path) -> tuple[str, str] | None:
-        if not path.is_file():
-            return (f"video file {path} does not exist", "download it or correct data.video_root")
-        if path.stat().st_size == 0:
+        try:
+            if not path.is_file():
+                return (f"video file {path} does not exist", "download it or correct data.video_root")
+            size = path.stat().st_size
+        except OSError as error:
+            return (f"video file {path} cannot be looked at ({error.strerror})", "correct the name")
+        if size == 0:
             return (f"video file {path} is empty (0 bytes)", "download it again")
         return None
 
@@ -78,7 +82,7 @@ def parse_grpo_row(row: Any, origin: str, videos: VideoFiles) -> Sample:
     return Sample(
         sample_id=sample_id,
         problem=problem,
-        solution=solution,
+        solution=f"<answer>{match[1]}</answer>",  # without the line breaks that the reward functions would trip over
         video_path=videos.resolve(_text(row, "video_filename")),
         origin=origin,
         problem_type=_problem_type(row),
@@ -127,6 +131,8 @@ def _text(row: dict[str, Any], name: str) -> str:
         raise RowError(f"field {name!r} is {_describe(value)}", "make it a string")
     if not value.strip():
         raise RowError(f"field {name!r} is empty", "fill it in")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RowError(f"field {name!r} holds half of a surrogate pair", "repair the cut-off character")
     return value
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from fastr1.schema import DataError
+
 
 class PromptSampler:
     """Iterates over the updates of a run; each item is the list of sample indices of one whole update (all ranks).
@@ -81,11 +83,11 @@ class PromptSampler:
         """Continue exactly after the updates that `state` counts as done.
 
         Raises:
-            ValueError: the state was saved for other data, another update size or another seed.
+            DataError: the state was saved for other data, another update size or another seed.
         """
         for name in ("num_samples", "prompts_per_update", "seed"):
             if state[name] != getattr(self, name):
-                raise ValueError(
+                raise DataError(
                     f"the checkpoint was written with {name} = {state[name]}, this run has {getattr(self, name)}; "
                     "resume with the same data, update size and seed, or start a new run"
                 )

@@ -17,12 +17,12 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from fastr1.config import INSTRUCTION
 from fastr1.data.prompts import SYSTEM, build_caption_text, build_prompt
-from fastr1.demo.scenes import COLOURS, COUNTS, DIRECTIONS, KINDS, ask, describe, sample_scene
+from fastr1.demo.scenes import COLOURS, COUNTS, DIRECTIONS, KINDS, ask, describe, sample_scene, worked_answer
 from fastr1.models import TinyLlavaVideo, parse_config
 from fastr1.schema import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 IMAGE_SIZE = 48
-DIRECT = "Answer with the option's letter from the given choices directly."
+TAGS = ("note", "box", "text", "say", "pick", "plan", "mark", "look", "see", "list", "work", "sum")
 
 
 def build_tokenizer(seed: int, vocab_size: int = 768) -> PreTrainedTokenizerBase:
@@ -57,11 +57,9 @@ def _corpus(rng: np.random.Generator) -> Iterator[str]:
         scene = sample_scene(rng, KINDS[i % len(KINDS)])
         question = ask(scene, rng)
         yield build_prompt(question.problem, instruction=INSTRUCTION)
-        yield build_prompt(question.problem, instruction=DIRECT)
-        letter = question.letter
-        yield f" <think> {scene.fact} So {scene.answer} {letter}. </think> <answer> {letter} </answer>"
+        yield f" {worked_answer(scene, question.letter)}"
         yield build_caption_text(describe(scene))
-    yield from (SYSTEM, " ".join([*COLOURS, *COUNTS, *DIRECTIONS]))
+    yield from (SYSTEM, *(f" <{tag}> </{tag}>" * 100 for tag in TAGS), " ".join([*COLOURS, *COUNTS, *DIRECTIONS]))
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> TinyLlavaVideo:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastr1.config import INSTRUCTION
-from fastr1.demo.scenes import KINDS, LETTERS, Scene, ask, render, sample_scene
+from fastr1.demo.scenes import KINDS, LETTERS, Scene, ask, render, sample_scene, worked_answer
 
 NUM_COLD_START = 16
 
@@ -79,11 +79,6 @@ def _cold_start_entry(row: dict[str, Any], scene: Scene) -> dict[str, Any]:
         ],
         "video": row["video_filename"],
     }
-
-
-def worked_answer(scene: Scene, letter: str) -> str:
-    """The reasoning of a cold-start sample: what was seen, which ends in the answer's word, then its letter."""
-    return f"<think> {scene.fact.removesuffix('.')} {letter}. </think> <answer> {letter} </answer>"
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:

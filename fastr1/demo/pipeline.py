@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,10 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
     """
     root = Path(output_dir)
     root.mkdir(parents=True, exist_ok=True)
+    for earlier in (root / "coldstart", root / "grpo"):
+        if earlier.exists():
+            print(f"removing {earlier} of an earlier demo", flush=True)
+            shutil.rmtree(earlier)
     seconds: dict[str, float] = {}
 
     def timed(phase: str, action: Any, *args: Any, **kwargs: Any) -> Any:

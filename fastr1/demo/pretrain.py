@@ -4,16 +4,16 @@
 
 1. Tower and connector learn, from single frames, which cell each colour is in (a linear head that is thrown away).
 2. The decoder learns, from text alone, to look up the letter of an option, five times per sample.
-3. Together, in five rounds: captions with every shape's cell at every moment, questions answered by a sentence,
-   questions with options answered by the letter or by a sentence and the letter, look-ups, and text in tags to repeat.
-Dense supervision is what makes this work at all; answers alone teach such a model nothing. Tags occur only
-in text to repeat: reasoning and answering in them is left to the cold start and to GRPO.
+3. Together: captions with every shape's cell at every moment, questions answered by a sentence, and look-ups.
+4. Then questions with options, answered by that sentence and the letter in whatever two tags the instruction names.
+Dense supervision is what makes this work at all; answers alone teach such a model nothing. The tags `think` and
+`answer` occur only in text to repeat: answering in them is left to the cold start and to GRPO.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastr1.config import INSTRUCTION
 from fastr1.data.prompts import SYSTEM, build_caption_text, build_prompt, tokenize_with_image
-from fastr1.data.tokenizer import load_tokenizer
-from fastr1.demo.base import IMAGE_SIZE, build_model, build_tokenizer
+from fastr1.demo.base import IMAGE_SIZE, TAGS, build_model, build_tokenizer
 from fastr1.demo.scenes import (
     COLOURS,
     COUNTS,
@@ -39,25 +38,21 @@ from fastr1.demo.scenes import (
     KINDS,
     LETTERS,
     NUM_MOMENTS,
+    MultipleChoice,
     Scene,
     ask,
     cell_of,
     describe,
     render,
     sample_scene,
+    worked_answer,
 )
-from fastr1.models import TinyLlavaVideo, load_model, save_model
+from fastr1.models import TinyLlavaVideo, save_model
 from fastr1.schema import IGNORE_INDEX
 from fastr1.video import preprocess_frames
 
-EXPLAIN = "Say what happens, then the option's letter."
-DIRECT = "Answer with the option's letter from the given choices directly."
-TASKS = {"caption": 0.25, "sentence": 0.5, "letter": 0.1, "lookup": 0.15}
-REFINE_TASKS = {"caption": 0.2, "sentence": 0.6, "letter": 0.05, "lookup": 0.15}
-ANSWER_TASKS = {"caption": 0.1, "sentence": 0.3, "explain": 0.5, "lookup": 0.1}
-MARKUP_TASKS = {"sentence": 0.15, "explain": 0.6, "lookup": 0.1, "markup": 0.15}
-INSTRUCTED_TASKS = {"sentence": 0.1, "explain": 0.15, "instructed": 0.6, "markup": 0.15}
-TAGS = ("think", "answer", "note", "video")
+TASKS = {"caption": 0.2, "sentence": 0.65, "lookup": 0.15}
+ANSWER_TASKS = {"sentence": 0.3, "answer": 0.3, "options": 0.3, "markup": 0.1}
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
 
@@ -94,32 +89,18 @@ def pretrain(
     seed: int = 0,
     vision_steps: int = 500,
     text_steps: int = 420,
-    joint_steps: int = 900,
-    refine_steps: int = 1100,
-    answer_steps: int = 400,
-    markup_steps: int = 220,
-    instructed_steps: int = 130,
+    joint_steps: int = 1700,
+    answer_steps: int = 300,
 ) -> None:
     """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer(seed)
     model = build_model(tokenizer, seed)
-    pool = ScenePool(4000, rng)
+    pool = ScenePool(6000, rng)
     train_vision(model, pool, rng, vision_steps)
     train_lookup(model, tokenizer, rng, text_steps)
     train_together(model, tokenizer, pool, rng, joint_steps, TASKS)
-    save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
-    train_further(output, [seed, 1], refine_steps, REFINE_TASKS)
-    train_further(output, [seed, 2], answer_steps, ANSWER_TASKS)
-    train_further(output, [seed, 3], markup_steps, MARKUP_TASKS)
-    train_further(output, [seed, 4], instructed_steps, INSTRUCTED_TASKS)
-
-
-def train_further(output: Path, seed: list[int], steps: int, shares: dict[str, float]) -> None:
-    """Another round of stage 3 on new scenes, from the model in `output`, which it replaces."""
-    rng = np.random.default_rng(seed)
-    model, tokenizer = load_model(output).train(), load_tokenizer(output)
-    train_together(model, tokenizer, ScenePool(4000, rng), rng, steps, shares)
+    train_together(model, tokenizer, pool, rng, answer_steps, ANSWER_TASKS)
     save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
 
 
@@ -183,11 +164,12 @@ def train_together(
     steps: int,
     shares: dict[str, float],
 ) -> None:
-    """Stage 3: 40 samples a step in the proportions of `shares`."""
+    """Stages 3 and 4: 40 samples a step in the proportions of `shares`."""
     tasks = [task for task, share in shares.items() for _ in range(round(40 * share))]
 
     def compute() -> torch.Tensor:
-        chosen = [int(i) for i in rng.integers(0, len(pool.scenes), len(tasks))]
+        half = [int(i) for i in rng.integers(0, len(pool.scenes), len(tasks) // 2)]
+        chosen = half + half  # each scene serves two samples
         examples = [build_example(t, pool.scenes[i], i, tokenizer, rng) for t, i in zip(tasks, chosen, strict=True)]
         return compute_loss(model, examples, pool)
 
@@ -209,26 +191,55 @@ def build_example(
         text = _random_markup(rng)
         return _example(f"{SYSTEM} USER: Repeat: {text} ASSISTANT:", f" {text}", None, tokenizer)
     question = ask(scene, rng)
-    if task == "letter":
-        return _example(build_prompt(question.problem, instruction=DIRECT), f" {question.letter}", index, tokenizer)
-    if task in ("explain", "instructed"):
-        # Words that were never trained would drown the question in the cold start, so the base meets them here.
-        instruction = EXPLAIN if task == "explain" else INSTRUCTION
-        answer = f" {scene.fact.removesuffix('.')} {question.letter}."
+    if task == "answer":
+        tags, instruction = _other_tags(rng)
+        answer = f" {worked_answer(scene, question.letter, tags)}"
         return _example(build_prompt(question.problem, instruction=instruction), answer, index, tokenizer)
+    if task == "options":
+        return _options_example(scene, question, tokenizer, rng)
     if task == "lookup":
         prompt = build_prompt(question.problem, instruction="").replace("<image>\n", "")
-        lines = [line.removesuffix(".").split(". ") for line in question.problem.splitlines()[2:]]
+        lines = _options(question)
         answer = "".join(f" {lines[i][1]} {lines[i][0]}." for i in rng.permutation(len(lines)))
         return _example(prompt, answer, None, tokenizer)
-    raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    raise ValueError(f"unknown task {task!r}; choose from {', '.join({**TASKS, **ANSWER_TASKS})}")
+
+
+def _options(question: MultipleChoice) -> list[list[str]]:
+    """[letter, option] of every line."""
+    return [line.removesuffix(".").split(". ") for line in question.problem.splitlines()[2:]]
+
+
+def _other_tags(rng: np.random.Generator) -> tuple[tuple[str, str], str]:
+    """Two tags that are not the paper's, and the paper's instruction with them in place."""
+    reasoning, final = (str(tag) for tag in rng.choice(TAGS, size=2, replace=False))
+    return (reasoning, final), INSTRUCTION.replace("think>", f"{reasoning}>").replace("answer>", f"{final}>")
+
+
+def _options_example(
+    scene: Scene, question: MultipleChoice, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator
+) -> Example:
+    """Text alone: three worked answers, each as if another option were right; what was seen is given, not learned."""
+    (reasoning, final), instruction = _other_tags(rng)
+    prompt = build_prompt(question.problem, instruction=instruction).replace("<image>\n", "")
+    seen = scene.fact.removesuffix(f"{scene.answer}.")
+    ids = tokenize_with_image(prompt, tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    lines = _options(question)
+    for i in rng.permutation(len(lines))[:3]:
+        letter, option = lines[i]
+        given = tokenizer(f" <{reasoning}> {seen}{option}").input_ids
+        learned = tokenizer(f" {letter}. </{reasoning}> <{final}> {letter} </{final}>").input_ids
+        ids += given + learned
+        labels += [IGNORE_INDEX] * len(given) + learned
+    return Example(ids, labels, None)
 
 
 def _random_markup(rng: np.random.Generator) -> str:
     """One to three tagged runs of words and letters in no meaningful order: tags a real base model has met before."""
     words = [*COLOURS, *DIRECTIONS, *COUNTS, *LETTERS]
     parts = []
-    for tag in rng.choice(TAGS, size=int(rng.integers(1, 4))):
+    for tag in rng.choice(["think", "answer", *TAGS[:2]], size=int(rng.integers(1, 4))):
         inside = " ".join(str(word) for word in rng.choice(words, size=int(rng.integers(1, 5))))
         parts.append(f"<{tag}> {inside} </{tag}>")
     return " ".join(parts)
@@ -242,30 +253,38 @@ def _example(prompt: str, answer: str, scene: int | None, tokenizer: PreTrainedT
 
 def compute_loss(model: TinyLlavaVideo, examples: list[Example], pool: ScenePool | None) -> torch.Tensor:
     """Cross-entropy where every sample weighs the square root of its number of answer tokens."""
-    shown = [example.scene for example in examples if example.scene is not None]
-    videos: Iterable[torch.Tensor] = []
+    videos: dict[int, torch.Tensor] = {}
     if pool is not None:
+        shown = sorted({example.scene for example in examples if example.scene is not None})
         pixels = pool.pixels(torch.tensor(shown))
-        videos = model.connect(model.encode_frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
-    remaining = iter(videos)
-    rows, labels = [], []
-    for example in examples:
-        ids, label = torch.tensor(example.input_ids), torch.tensor(example.labels)
-        if example.scene is None:
-            rows.append(model.language_model.model.embed_tokens(ids))
-        else:
-            rows.append(model.build_inputs_embeds(ids, next(remaining)))
-            label = F.pad(label, (rows[-1].shape[0] - len(ids), 0), value=IGNORE_INDEX)
-        labels.append(label)
-    embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
-    hidden = model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
-    chosen = targets != IGNORE_INDEX
-    logits = model.language_model.lm_head(hidden[chosen])
-    loss = F.cross_entropy(logits.float(), targets[chosen], reduction="none")
-    counts = chosen.sum(1)
-    weight = (counts.rsqrt() / counts.sqrt().sum()).repeat_interleave(counts)
-    return (loss * weight).sum()
+        tokens = model.connect(model.encode_frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
+        videos = dict(zip(shown, tokens, strict=True))
+    rows = [_embed(model, example, videos) for example in examples]
+    rows.sort(key=lambda row: len(row[1]))  # alike lengths together: less padding
+    losses, counts = [], []
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        embeds = nn.utils.rnn.pad_sequence([embeds for embeds, _ in half], batch_first=True)
+        labels = [labels for _, labels in half]
+        targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
+        hidden = model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+        chosen = targets != IGNORE_INDEX
+        logits = model.language_model.lm_head(hidden[chosen])
+        losses.append(F.cross_entropy(logits.float(), targets[chosen], reduction="none"))
+        counts.append(chosen.sum(1))
+    count = torch.cat(counts)
+    weight = (count.rsqrt() / count.sqrt().sum()).repeat_interleave(count)
+    return (torch.cat(losses) * weight).sum()
+
+
+def _embed(
+    model: TinyLlavaVideo, example: Example, videos: dict[int, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (L, D) and labels (L,) of one sample, visual tokens included."""
+    ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
+    if example.scene is None:
+        return model.language_model.model.embed_tokens(ids), labels
+    embeds = model.build_inputs_embeds(ids, videos[example.scene])
+    return embeds, F.pad(labels, (embeds.shape[0] - len(ids), 0), value=IGNORE_INDEX)
 
 
 def _optimise(

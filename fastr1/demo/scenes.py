@@ -98,6 +98,13 @@ def describe(scene: Scene) -> str:
     return "; ".join(moments) + ". " + " ".join(fact for _, fact in scene.facts)
 
 
+def worked_answer(scene: Scene, letter: str, tags: tuple[str, str] = ("think", "answer")) -> str:
+    """An answer with its reasoning: what was seen, which ends in the answer's word, then its letter; each in tags."""
+    reasoning, final = tags
+    fact = scene.fact.removesuffix(".")
+    return f"<{reasoning}> {fact} {letter}. </{reasoning}> <{final}> {letter} </{final}>"
+
+
 def cell_of(centre: np.ndarray) -> str:
     """The grid cell of a point, "a1" at the top left."""
     column, row = np.clip((centre * GRID / FRAME_PX).astype(int), 0, GRID - 1)
@@ -230,9 +237,8 @@ def _count(rng: np.random.Generator, answer_index: int | None) -> Scene:
         tuple(FLASH if i in slot else name for i in range(NUM_MOMENTS)) for name, slot in zip(names, slots, strict=True)
     ]
     facts = []
-    for name, slot in zip(names, slots, strict=True):
-        moments = " ".join(str(i + 1) for i in slot) or "none"
-        fact = f"The {name} shape flashes at {moments}, {COUNTS[len(slot)]}."
+    for name, shown, slot in zip(names, colours, slots, strict=True):
+        fact = f"The {name} shape shows {' '.join(str(colour) for colour in shown)}, {COUNTS[len(slot)]}."
         facts.append((f"How often does the {name} shape flash?", fact))
     return Scene(
         "count",

@@ -25,32 +25,32 @@ TIED_HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
-class CheckpointError(ValueError):
+class ModelFileError(ValueError):
     """A model directory cannot be read. The message names the file, the reason and the remedy."""
 
 
 def parse_config(raw: dict[str, Any], *, where: str) -> TinyLlavaConfig:
     """Turn a checkpoint's config.json into the fields the architecture needs.
 
-    Nested configs list non-default keys only, so library defaults fill the rest. Raises CheckpointError for another
+    Nested configs list non-default keys only, so library defaults fill the rest. Raises ModelFileError for another
     architecture or a missing key.
     """
     if raw.get("model_type") != "tinyllava":
-        raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r}; expected 'tinyllava'")
+        raise ModelFileError(f"{where}: model_type is {raw.get('model_type')!r}; expected 'tinyllava'")
     if "groupresampler" not in str(raw.get("connector_type")):
-        raise CheckpointError(
+        raise ModelFileError(
             f"{where}: connector_type is {raw.get('connector_type')!r}; only 'groupresampler' is supported"
         )
     required = ("text_config", "vision_config", "num_queries", "group", "num_resampler_layers")
     missing = [key for key in required if key not in raw]
     if missing:
-        raise CheckpointError(f"{where}: missing {', '.join(missing)}; copy the config.json saved with the weights")
+        raise ModelFileError(f"{where}: missing {', '.join(missing)}; copy the config.json saved with the weights")
     if raw.get("vision_feature_select_strategy", "patch") != "patch":
         strategy = raw["vision_feature_select_strategy"]
-        raise CheckpointError(f"{where}: vision_feature_select_strategy is {strategy!r}; only 'patch' is supported")
+        raise ModelFileError(f"{where}: vision_feature_select_strategy is {strategy!r}; only 'patch' is supported")
     if raw["text_config"].get("model_type") != "qwen2":
         model_type = raw["text_config"].get("model_type")
-        raise CheckpointError(f"{where}: text_config.model_type is {model_type!r}; only 'qwen2' is supported")
+        raise ModelFileError(f"{where}: text_config.model_type is {model_type!r}; only 'qwen2' is supported")
     text, vision = (_without_saved_choices(raw[key]) for key in ("text_config", "vision_config"))
     return TinyLlavaConfig(
         text=Qwen2Config(**text),
@@ -79,7 +79,7 @@ def load_model(
 ) -> TinyLlavaVideo:
     """Build the model of a checkpoint directory and fill it with its weights.
 
-    Returns the model in evaluation mode. Raises CheckpointError when a file is missing or unreadable, a tensor has
+    Returns the model in evaluation mode. Raises ModelFileError when a file is missing or unreadable, a tensor has
     another shape than config.json says, or a parameter is absent; unexpected tensors are named in a warning.
     """
     path = Path(path)
@@ -92,10 +92,10 @@ def load_model(
         state[TIED_HEAD] = state.get(EMBEDDING, state.get(TIED_HEAD))  # type: ignore[assignment]
     missing = [key for key in expected if state.get(key) is None]
     if missing:
-        raise CheckpointError(f"{path}: {len(missing)} parameters are missing, first {missing[:4]}; is a shard absent?")
+        raise ModelFileError(f"{path}: {len(missing)} parameters are missing, first {missing[:4]}; is a shard absent?")
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
-            raise CheckpointError(
+            raise ModelFileError(
                 f"{path}: {key} has shape {tuple(state[key].shape)}, config.json asks for {tuple(tensor.shape)}"
             )
     unexpected = sorted(set(state) - set(expected))
@@ -159,9 +159,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; point model.path at a checkpoint directory") from None
+        raise ModelFileError(f"{path}: not found; point model.path at a checkpoint directory") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from error
+        raise ModelFileError(f"{path}: not valid JSON ({error}); copy the file again") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -175,11 +175,11 @@ def _read_weights(path: Path, *, dtype: torch.dtype, device: torch.device | str)
     for shard in shards:
         file = path / shard
         if not file.exists():
-            raise CheckpointError(f"{file}: not found; the checkpoint is incomplete, copy it again")
+            raise ModelFileError(f"{file}: not found; the checkpoint is incomplete, copy it again")
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for key in tensors.keys():  # noqa: SIM118  # not a mapping
                     state[key] = tensors.get_tensor(key).to(dtype)
         except SafetensorError as error:
-            raise CheckpointError(f"{file}: unreadable ({error}); the file is truncated, copy it again") from error
+            raise ModelFileError(f"{file}: unreadable ({error}); the file is truncated, copy it again") from error
     return state

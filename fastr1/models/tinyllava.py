@@ -35,6 +35,11 @@ class TinyLlavaConfig:
     raw: dict[str, Any]
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """Token ids of a prompt, the placeholder among them, that fit beside the visual tokens."""
+        return self.max_length - self.num_queries + 1
+
+    @property
     def num_vision_layers(self) -> int:
         """Encoder layers that reach the selected hidden state; the rest is never computed."""
         layers = self.vision.num_hidden_layers

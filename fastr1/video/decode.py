@@ -16,7 +16,7 @@ import torch
 
 from fastr1.schema import Clip
 from fastr1.video import pyav_backend, torchcodec_backend
-from fastr1.video.errors import REPLACE_FILE, VideoError
+from fastr1.video.errors import REPLACE_FILE, BackendError, VideoError
 from fastr1.video.indices import select_indices
 from fastr1.video.torchcodec_backend import TorchcodecUnavailableError
 
@@ -46,8 +46,8 @@ def load_clip(
             also decodes on the GPU where it can. `Clip.backend` says what was used.
         num_ffmpeg_threads: decoding threads for this clip; 0 leaves it to FFmpeg. Has no effect on the result.
     Returns: the frames (F, 3, H, W) uint8 with their numbers and times. May be called from several threads at once.
-    Raises: VideoError if the file cannot be decoded; ValueError for an option out of range or a forced backend that
-        cannot be loaded.
+    Raises: VideoError if the file cannot be decoded; BackendError for a forced backend that cannot be loaded;
+        ValueError for an option out of range.
     """
     if num_ffmpeg_threads < 0:
         raise ValueError(f"num_ffmpeg_threads must be at least 0, got {num_ffmpeg_threads}")
@@ -89,14 +89,14 @@ def describe_backend(backend: str = "auto") -> str:
 @functools.cache  # so that the reason for doing without torchcodec is logged once
 def _backend_module(backend: str) -> ModuleType:
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "pyav":
         return pyav_backend
     reason = _why_no_torchcodec()
     if reason is None:
         return torchcodec_backend
     if backend == "torchcodec":
-        raise ValueError(f'backend "torchcodec" cannot be loaded: {reason}. {TORCHCODEC_REMEDY}')
+        raise BackendError(f'backend "torchcodec" cannot be loaded: {reason}. {TORCHCODEC_REMEDY}')
     logger.warning("decoding videos with PyAV on the CPU; torchcodec cannot be loaded: %s", reason)
     return pyav_backend
 

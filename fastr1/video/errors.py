@@ -9,6 +9,10 @@ from fastr1.schema import DataError
 REPLACE_FILE = 'Replace the file, remove its rows, or set data.policy to "skip".'
 
 
+class BackendError(ValueError):
+    """The decoder that was asked for is unknown or cannot be loaded; no fault of any video."""
+
+
 class VideoError(DataError):
     """A video cannot be decoded. The message names path, reason and remedy; no other clip is ever used instead."""
 
