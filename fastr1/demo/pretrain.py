@@ -52,7 +52,7 @@ from fastr1.schema import IGNORE_INDEX
 from fastr1.video import preprocess_frames
 
 TASKS = {"caption": 0.2, "sentence": 0.65, "lookup": 0.15}
-ANSWER_TASKS = {"sentence": 0.3, "answer": 0.3, "options": 0.3, "markup": 0.1}
+ANSWER_TASKS = {"sentence": 0.35, "answer": 0.35, "options": 0.2, "markup": 0.1}
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
 
@@ -90,7 +90,7 @@ def pretrain(
     vision_steps: int = 500,
     text_steps: int = 420,
     joint_steps: int = 1700,
-    answer_steps: int = 300,
+    answer_steps: int = 520,
 ) -> None:
     """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
     rng = np.random.default_rng(seed)
