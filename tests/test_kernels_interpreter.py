@@ -1,0 +1,26 @@
+"""The tests of the Triton kernels on a CPU, where Triton's interpreter runs them.
+
+The interpreter is chosen when triton is imported, so these tests have a process of their own. On a GPU run
+`make test-gpu`, which compiles the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", ["test_kernels_triton_logps.py"])
+def test_interpreted_kernels(name: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", TESTS / name]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
