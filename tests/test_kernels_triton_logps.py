@@ -45,9 +45,7 @@ def scores_and_gradient(
 # One column; below one lane; one block exactly; a block and one column; many blocks and a rest (interpreter: 2 blocks).
 @pytest.mark.parametrize("vocabulary", [1, 7, 128, 129, 8193])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 2)])
-def test_scores_and_gradient_match_the_reference(
-    kernel_device: str, shape: tuple[int, ...], vocabulary: int
-) -> None:
+def test_scores_and_gradient_match_the_reference(kernel_device: str, shape: tuple[int, ...], vocabulary: int) -> None:
     logits = (3 * rand(*shape, vocabulary)).float().to(kernel_device)
     ids = make_ids(*shape, vocabulary=vocabulary).to(kernel_device)
     upstream = rand(2, *shape, seed=1).to(kernel_device)
@@ -187,7 +185,6 @@ def test_inplace_gradient_takes_the_place_of_the_logits(kernel_device: str) -> N
         gradients.append(leaf.grad)
         leaf.grad = None
     assert torch.equal(*gradients)  # type: ignore[arg-type]
-    assert torch.equal(logits.detach(), torch.where(leaf.detach() == leaf.detach(), logits.detach(), 0))
     assert torch.equal(view.detach(), gradients[0][:, 1:, ::2])  # type: ignore[index]
     assert torch.equal(logits[:, 0].detach(), leaf[:, 0].detach())  # outside the view nothing is written
 
