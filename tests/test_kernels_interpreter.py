@@ -16,7 +16,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["test_kernels_triton_logps.py"])
+@pytest.mark.parametrize("name", ["test_kernels_triton_advantages.py", "test_kernels_triton_logps.py"])
 def test_interpreted_kernels(name: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", TESTS / name]

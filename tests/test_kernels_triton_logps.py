@@ -1,4 +1,4 @@
-"""The Triton row kernels: log-probability, entropy and their gradient. On a GPU, or with TRITON_INTERPRET=1 on a CPU."""
+"""The Triton row kernels: log-probability, entropy and gradient. On a GPU, or on a CPU with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

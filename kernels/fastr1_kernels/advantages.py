@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .dispatch import rewards_use_triton
 from .validation import check_advantage_options, check_count, check_integers, check_rewards, require
 
 
@@ -51,9 +52,16 @@ def group_advantages(
         require(
             whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
         )
+    else:
+        assert group_ids is not None
+        check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
+    if rewards_use_triton(rewards) and not noise_std:
+        from .advantages_triton import launch_group_advantages  # triton exists on Linux only
+
+        return launch_group_advantages(rewards, num_generations, group_ids, scale_rewards, eps, leave_one_out)
+    if group_ids is None:
+        assert num_generations is not None
         group_ids = torch.arange(len(rewards), device=rewards.device) // num_generations
-    assert group_ids is not None
-    check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
     return reference.group_advantages(
         rewards,
         group_ids,

@@ -17,7 +17,16 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def uses_triton(x: Tensor) -> bool:
-    return x.dtype in KERNEL_DTYPES and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    return x.dtype in KERNEL_DTYPES and _runs_triton(x)
+
+
+def rewards_use_triton(rewards: Tensor) -> bool:
+    """Rewards may also be integers or booleans; float64 rewards keep their precision in torch."""
+    return rewards.dtype != torch.float64 and _runs_triton(rewards)
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
