@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ import pytest
 TESTS = Path(__file__).parent
 
 
+def release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
 @pytest.mark.parametrize("name", ["test_kernels_triton_advantages.py", "test_kernels_triton_logps.py"])
 def test_interpreted_kernels(name: str) -> None:
     pytest.importorskip("triton")
+    if release("triton") < (3, 7) and release("numpy") >= (2, 4):
+        pytest.skip("the interpreter of triton < 3.7 fails with numpy >= 2.4 (scalars of one-element arrays)")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", TESTS / name]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=500)

@@ -12,10 +12,10 @@ from torch import Tensor
 from fastr1_kernels import group_advantages, reference
 
 NAN = float("nan")
-# 132 rewards fill a block of 128 and a rest; their groups are runs of 44, or interleaved and uneven.
+# With blocks of 16, groups of 18 need two; the other groups are interleaved and uneven.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "runs": {"num_generations": 44},
-    "labels": {"group_ids": (torch.arange(132) * 7 % 13 - 5) * 10**12},
+    "runs": {"num_generations": 18},
+    "labels": {"group_ids": (torch.arange(36) * 7 % 5 - 2) * 10**12},
 }
 by_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 by_scale = pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -30,11 +30,12 @@ def on(device: str, layout: dict[str, Any]) -> dict[str, Any]:
 @by_scale
 @by_layout
 def test_advantages_match_the_reference(
-    kernel_device: str, layout: dict[str, Any], scale: str, leave_one_out: bool
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], scale: str, leave_one_out: bool
 ) -> None:
-    rewards = rand(132).float()
-    rewards[17::31] = NAN
-    ids = layout.get("group_ids", torch.arange(132) // 44)
+    monkeypatch.setattr("fastr1_kernels.advantages_triton.BLOCK_REWARDS", 16)
+    rewards = rand(36).float()
+    rewards[7::13] = NAN
+    ids = layout.get("group_ids", torch.arange(36) // 18)
     options = {"scale_rewards": scale, "leave_one_out": leave_one_out, "eps": 1e-4}
     got = group_advantages(rewards.to(kernel_device), **on(kernel_device, layout), **options)
     gold = reference.group_advantages(rewards.double(), ids, **options)

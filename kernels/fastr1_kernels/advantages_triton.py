@@ -1,11 +1,11 @@
 """Group advantages in Triton: a device function for the loss kernel, and a kernel of its own.
 
 A = (r - mean) / (std + eps) over the scored rewards of the group: mean = Σr/n, std² = Σ(r - mean)²/(n - 1), in two
-passes, because Σr² - n·mean² cancels. A is 0 where r is NaN, and exactly 0 where the group's largest and smallest reward
-are equal (its float32 deviation is a rounding residue, which eps would blow up).
+passes, because Σr² - n·mean² cancels. A is 0 where r is NaN, and exactly 0 where the largest and the smallest reward of
+the group are equal (its float32 deviation is a rounding residue, which eps would blow up).
 
-Fewest bytes: the rewards once, 4·R. Fewest FLOPs: 5·R. Each sequence reads its group again, 4·G bytes from the cache (4·R
-with group_ids or scale_rewards="batch"): nothing beside the row of logits it weighs. No atomics, fixed order.
+Fewest bytes: the rewards once, 4·R. Fewest FLOPs: 5·R. Each sequence reads its group again, 4·G bytes from the cache
+(4·R with group_ids or scale_rewards="batch"): nothing beside the row of logits it weighs. No atomics, fixed order.
 
 Source: arXiv 2402.03300 §4.1.2.
 """
