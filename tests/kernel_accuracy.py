@@ -11,8 +11,13 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def rounding_floor(dtype: torch.dtype, device: str) -> float:
+    """Triton's interpreter cuts float32 to bfloat16 instead of rounding: an error of up to 2**-7 that a GPU has not."""
+    return 2**-7 if dtype == torch.bfloat16 and device == "cpu" else 1e-6
+
+
 def assert_as_accurate(got: Tensor, yardstick: Tensor, gold: Tensor, floor: float = 1e-6) -> None:
-    """At most twice the error of the yardstick, plus `floor` of the largest value (or of 1)."""
+    """The largest error is at most twice that of the yardstick plus `floor` of the largest value."""
     assert got.shape == yardstick.shape == gold.shape
     if gold.numel() == 0:
         return

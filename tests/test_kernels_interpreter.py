@@ -21,12 +21,21 @@ def release(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version(package).split(".")[:2])
 
 
-@pytest.mark.parametrize("name", ["test_kernels_triton_advantages.py", "test_kernels_triton_logps.py"])
+@pytest.mark.parametrize("name", ["advantages", "logps", "losses"])
 def test_interpreted_kernels(name: str) -> None:
     pytest.importorskip("triton")
     if release("triton") < (3, 7) and release("numpy") >= (2, 4):
         pytest.skip("the interpreter of triton < 3.7 fails with numpy >= 2.4 (scalars of one-element arrays)")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", TESTS / name]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::RuntimeWarning",
+        TESTS / f"test_kernels_triton_{name}.py",
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

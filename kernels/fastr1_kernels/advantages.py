@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import rewards_use_triton
-from .validation import check_advantage_options, check_count, check_integers, check_rewards, require
+from .validation import check_advantage_options, check_groups
 
 
 def group_advantages(
@@ -42,19 +42,8 @@ def group_advantages(
 
     Source: arXiv 2402.03300 §4.1.2 (group mean and deviation); arXiv 2503.20783 (scale_rewards="none").
     """
-    check_rewards(rewards)
+    check_groups(rewards, num_generations, group_ids)
     check_advantage_options(scale_rewards, eps, noise_std)
-    if (num_generations is None) == (group_ids is None):
-        raise ValueError(f"num_generations={num_generations} and group_ids: give exactly one of them")
-    if num_generations is not None:
-        check_count("num_generations", num_generations)
-        whole = len(rewards) % num_generations == 0
-        require(
-            whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
-        )
-    else:
-        assert group_ids is not None
-        check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
     if rewards_use_triton(rewards) and not noise_std:
         from .advantages_triton import launch_group_advantages  # triton exists on Linux only
 

@@ -87,7 +87,7 @@ def reward_advantage(
     return tl.where((top > bottom) & (reward == reward), advantage, 0.0)
 
 
-@triton.jit(do_not_specialize=["R", "G", "eps"])
+@triton.jit(do_not_specialize=["R", "G"])
 def group_advantages_kernel(
     rewards_ptr,  # (R,) float32
     group_ids_ptr,  # (R,) integers or None

@@ -34,7 +34,6 @@ from torch import Tensor
 from .dispatch import device_of
 
 LANE = 8  # columns of a lane: one 16-byte load of half-precision logits
-_LENGTHS = ["T", "temperature"]
 
 
 def row_launch_config(vocabulary: int) -> dict[str, int]:
@@ -123,7 +122,7 @@ def write_row_zeros(d_ptr, d_stride_v, V, BLOCK: tl.constexpr):
         tl.store(d_ptr + o_v.to(tl.int64) * d_stride_v, zeros, mask=o_v < V)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=["T"])
 def score_rows_kernel(
     logits_ptr,  # (B, T, V)
     token_ids_ptr,  # (N,), N = B·T
@@ -155,7 +154,7 @@ def score_rows_kernel(
     tl.store(entropy_ptr + i_n, entropy)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=["T"])
 def gradient_rows_kernel(
     logits_ptr,  # (B, T, V)
     d_logits_ptr,  # (B, T, V) out, may be logits_ptr
@@ -211,6 +210,19 @@ def gradient_rows_kernel(
         )
     else:
         write_row_zeros(d_ptr, d_stride_v, V, BLOCK)
+
+
+@triton.jit(do_not_specialize=["T"])
+def scale_rows_kernel(d_logits_ptr, d_loss_ptr, T, V, stride_b, stride_t, stride_v, BLOCK: tl.constexpr):
+    """d_logits *= d_loss, without touching them where d_loss is 1."""
+    scale = tl.load(d_loss_ptr).to(tl.float32)
+    if scale != 1.0:
+        d_ptr = row_base(d_logits_ptr, tl.program_id(0).to(tl.int64), T, stride_b, stride_t)
+        for start in range(0, V, BLOCK):
+            o_v = block_columns(start, BLOCK)
+            b_ptr = d_ptr + o_v.to(tl.int64) * stride_v
+            d = tl.load(b_ptr, mask=o_v < V).to(tl.float32)
+            tl.store(b_ptr, (d * scale).to(d_ptr.dtype.element_ty), mask=o_v < V)
 
 
 class _ScoreRows(torch.autograd.Function):

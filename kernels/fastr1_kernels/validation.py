@@ -202,6 +202,31 @@ def check_rewards(rewards: Tensor) -> None:
         raise ValueError(f"reward {position} is {value}: give a finite number, or NaN for a completion without score")
 
 
+def check_groups(rewards: Tensor, num_generations: int | None, group_ids: Tensor | None) -> None:
+    """Rewards, and exactly one description of their groups."""
+    check_rewards(rewards)
+    if (num_generations is None) == (group_ids is None):
+        raise ValueError(f"num_generations={num_generations} and group_ids: give exactly one of them")
+    if group_ids is not None:
+        check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
+    if num_generations is not None:
+        check_count("num_generations", num_generations)
+        whole = len(rewards) % num_generations == 0
+        require(
+            whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
+        )
+
+
+def check_inplace(logits: Tensor, has_kernel: bool) -> None:
+    """Refuse logits whose gradient cannot take their place."""
+    where = f"{logits.dtype} on {logits.device.type}"
+    require(has_kernel, f"inplace=True is not supported yet for {where}: leave it out")
+    is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
+    require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
+    repeated = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
+    require(not repeated, f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
+
+
 def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
     """The number of sequences B of padded token_ids (B, T), or of packed token_ids (N,) with cu_seqlens."""
     shape = tuple(token_ids.shape)
