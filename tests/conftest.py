@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -15,3 +18,20 @@ def shared_path(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"conformance data not present: {relative}")
     return path
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
+
+
+@pytest.fixture(params=KERNEL_DEVICES)
+def kernel_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where Triton kernels run. New memory is filled with NaN, so that an output nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)

@@ -68,7 +68,23 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             "token_mask": {"sampler_cap": 1.2, **OFF_POLICY},
             "sequence_truncate": {"sampler_cap": 1.5, **OFF_POLICY},
             "sequence_mask": {"sampler_cap": 1.5, **OFF_POLICY},
+            "icepop": {"sampler_cap": 1.4, "sampler_floor": 0.8, **OFF_POLICY},
         }.items()
+    },
+    "cispo": {"loss_type": "cispo", "normalizer": 11, "epsilon_high": 1.1, **OFF_POLICY},
+    "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 1.4, **OFF_POLICY},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", **OFF_POLICY},
+    "off_policy_mask": {"loss_type": "grpo", "off_policy_threshold": 0.05, **OFF_POLICY},
+    "off_policy_mask_of_the_sampler": {"loss_type": "bnpo", "off_policy_threshold": 0.2, "sampler_logps": SAMPLER},
+    "top_entropy": {"loss_type": "grpo", "top_entropy_quantile": 0.3, **OFF_POLICY},
+    "every_mask": {
+        "loss_type": "sapo",
+        "top_entropy_quantile": 0.6,
+        "off_policy_threshold": 0.1,
+        "sampler_logps": SAMPLER,
+        "sampler_correction": "icepop",
+        "entropy_coef": 0.1,
+        **OFF_POLICY,
     },
 }
 by_objective = pytest.mark.parametrize("arguments", OBJECTIVES.values(), ids=OBJECTIVES.keys())
@@ -79,33 +95,68 @@ def loss_of(logits: Tensor, arguments: dict[str, Any], **more: Any) -> GRPOOutpu
     return grpo_loss(logits, TOKEN_IDS, **common)
 
 
+def rows_by_hand(b: int, temperature: float) -> tuple[list[int], list[float], list[float]]:
+    """Loss tokens of sequence b, their log-probabilities and entropies."""
+    kept = [t for t in range(T) if MASK[b, t]]
+    rows = [[z / temperature for z in LOGITS[b, t].tolist()] for t in kept]
+    lse = [math.log(math.fsum(math.exp(z) for z in row)) for row in rows]
+    logps = [row[TOKEN_IDS[b, t]] - s for row, s, t in zip(rows, lse, kept, strict=True)]
+    entropies = [math.fsum(-(z - s) * math.exp(z - s) for z in row) for row, s in zip(rows, lse, strict=True)]
+    return kept, logps, entropies
+
+
+def policy_by_hand(o: dict[str, Any], ratio: float, a: float, logp: float) -> float:
+    """The loss of one token before masks, corrections and KL."""
+    if o["loss_type"] == "tinyllava_video_r1":
+        return -ratio * a
+    if o["loss_type"] == "cispo":
+        return -min(ratio, o["epsilon_high"]) * a * logp
+    if o["loss_type"] == "sapo":
+        tau = 1.0 if a > 0 else o.get("sapo_temperature_neg", 1.05)
+        return -a * 4 / tau / (1 + math.exp(-tau * (ratio - 1)))
+    clipped = max(1 - o["epsilon"], min(1 + o.get("epsilon_high", o["epsilon"]), ratio))
+    return -min(min(ratio, o.get("delta", INF)) * a, clipped * a)
+
+
+def sampler_weight_by_hand(o: dict[str, Any], gaps: list[float], i: int) -> float:
+    """Trainer over sampler, of a token or of a sequence, after truncation or masking."""
+    level, _, action = o.get("sampler_correction", "token_truncate").partition("_")
+    w, cap = math.exp(math.fsum(gaps) if level == "sequence" else gaps[i]), o.get("sampler_cap", 3.0)
+    if level == "icepop":
+        return w * (o.get("sampler_floor", 0.5) <= w <= cap)
+    return min(w, cap) if action == "truncate" else w * (w <= cap)
+
+
+def entropy_threshold_by_hand(entropies: list[float], share: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered, place = sorted(entropies), (1 - share) * (len(entropies) - 1)
+    low = math.floor(place)
+    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
 def loss_by_hand(arguments: dict[str, Any]) -> float:
     """The definition with Python floats and loops; nothing shared with the package."""
     o = {"epsilon": 0.2, "beta": 0.0, "entropy_coef": 0.0, "temperature": 1.0, "log_ratio_clamp": 20.0} | arguments
     kind, clamp = o["loss_type"], o["log_ratio_clamp"] or INF
+    rows = [rows_by_hand(b, o["temperature"]) for b in range(B)]
+    threshold = entropy_threshold_by_hand([h for _, _, e in rows for h in e], o.get("top_entropy_quantile", 1.0))
     sequences: list[list[float]] = []
-    for b in range(B):
-        kept = [t for t in range(T) if MASK[b, t]]
-        rows = [[z / o["temperature"] for z in LOGITS[b, t].tolist()] for t in kept]
-        lse = [math.log(math.fsum(math.exp(z) for z in row)) for row in rows]
-        logps = [row[TOKEN_IDS[b, t]] - s for row, s, t in zip(rows, lse, kept, strict=True)]
-        entropies = [math.fsum(-(z - s) * math.exp(z - s) for z in row) for row, s in zip(rows, lse, strict=True)]
+    for b, (kept, logps, entropies) in enumerate(rows):
         olds = o["old_logps"][b, kept].tolist() if "old_logps" in o else logps
+        samplers = o["sampler_logps"][b, kept].tolist() if "sampler_logps" in o else None
         d = [p - q for p, q in zip(logps, olds, strict=True)]
         if o.get("importance_sampling_level") == "sequence":
             d = [math.fsum(d) / max(len(d), 1)] * len(d)
-        gaps = [q - s for q, s in zip(olds, o["sampler_logps"][b, kept].tolist())] if "sampler_logps" in o else []  # noqa: B905
-        level, _, action = o.get("sampler_correction", "_").partition("_")
-        gaps = [math.fsum(gaps)] * len(gaps) if level == "sequence" else gaps
+        drift = math.fsum(q - p for p, q in zip(logps, samplers or olds, strict=True)) / max(len(kept), 1)
         a, tokens = ADVANTAGES[b].item(), []
         for i in range(len(kept)):
-            ratio = math.exp(max(-clamp, min(clamp, d[i])))
-            clipped = max(1 - o["epsilon"], min(1 + o.get("epsilon_high", o["epsilon"]), ratio))
-            loss = -min(min(ratio, o.get("delta", INF)) * a, clipped * a)
-            loss = -ratio * a if kind == "tinyllava_video_r1" else loss
-            if gaps:
-                w, cap = math.exp(gaps[i]), o["sampler_cap"]
-                loss *= min(w, cap) if action == "truncate" else w * (w <= cap)
+            loss = policy_by_hand(o, math.exp(max(-clamp, min(clamp, d[i]))), a, logps[i])
+            if drift > o.get("off_policy_threshold", INF) and a < 0:
+                loss = 0.0
+            if entropies[i] < threshold:
+                loss = 0.0
+            if samplers:
+                loss *= sampler_weight_by_hand(o, [q - s for q, s in zip(olds, samplers, strict=True)], i)
             if o["beta"]:
                 q = o["ref_logps"][b, kept[i]].item() - logps[i]
                 bounded = max(-clamp, min(clamp, q))
@@ -114,11 +165,13 @@ def loss_by_hand(arguments: dict[str, Any]) -> float:
             tokens.append(loss - o["entropy_coef"] * entropies[i])
         sequences.append(tokens)
     total = math.fsum(math.fsum(s) for s in sequences)
-    if kind in ("grpo", "tinyllava_video_r1"):
+    if kind in ("grpo", "sapo", "tinyllava_video_r1"):
         return math.fsum(math.fsum(s) / max(len(s), 1) for s in sequences) / B
+    if kind == "luspo":
+        return total / B
     if kind == "dr_grpo":
         return total / (B * o["max_completion_length"])
-    return total / (o["normalizer"] if kind == "dapo" else sum(len(s) for s in sequences))
+    return total / (o["normalizer"] if "normalizer" in o else sum(len(s) for s in sequences))
 
 
 @by_objective
@@ -130,6 +183,8 @@ def test_loss_matches_its_definition(arguments: dict[str, Any]) -> None:
 def test_loss_gradients(arguments: dict[str, Any]) -> None:
     if "old_logps" not in arguments:
         arguments = arguments | {"advantages": ADVANTAGES * 0}  # a detached ratio hides its gradient from differences
+    if arguments["loss_type"] == "cispo":
+        arguments = arguments | {"epsilon_high": 1e-3}  # every ratio is cut: a constant, for differences too
     assert torch.autograd.gradcheck(lambda z: loss_of(z, arguments).loss, LOGITS.clone().requires_grad_())
 
 
@@ -202,12 +257,13 @@ def test_packed_equals_padded(arguments: dict[str, Any]) -> None:
 
 
 def global_count(kind: str) -> int:
-    return int(MASK.sum()) if kind in ("dapo", "bnpo") else B
+    return int(MASK.sum()) if kind in ("dapo", "bnpo", "cispo") else B
 
 
 @pytest.mark.parametrize("splits", [[1, 1, 1, 1], [3, 1], [2, 2]])
-@by_objective
-def test_micro_batches_add_up_to_the_whole(arguments: dict[str, Any], splits: list[int]) -> None:
+@pytest.mark.parametrize("name", [name for name, o in OBJECTIVES.items() if "top_entropy_quantile" not in o])
+def test_micro_batches_add_up_to_the_whole(name: str, splits: list[int]) -> None:
+    arguments = OBJECTIVES[name]
     fixed = arguments | {"normalizer": global_count(arguments["loss_type"])}
     fixed.pop("advantages", None)
     rewards = torch.tensor([1.0, 0.0, 0.25, 0.5], dtype=torch.float64)
@@ -235,8 +291,8 @@ def test_micro_batches_add_up_to_the_whole(arguments: dict[str, Any], splits: li
         start += size
     assert total == pytest.approx(whole.loss.item(), rel=1e-14, abs=1e-16)
     torch.testing.assert_close(logits.grad, whole_logits.grad, rtol=1e-13, atol=1e-16)
-    for name, value in sums.items():
-        assert value == pytest.approx(whole.metrics[name][0].item(), rel=1e-13, abs=1e-15)
+    for metric, value in sums.items():
+        assert value == pytest.approx(whole.metrics[metric][0].item(), rel=1e-13, abs=1e-15)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "tinyllava_video_r1"])
@@ -332,7 +388,7 @@ def test_huge_live_log_ratio_gives_finite_loss_and_gradient(gap: float, clamp: f
 @by_objective
 def test_all_masked_batch_gives_loss_zero_and_zero_gradients(arguments: dict[str, Any]) -> None:
     for normalizer in (arguments.get("normalizer"), 0, torch.tensor(0), 12):
-        if normalizer is None and arguments["loss_type"] == "dapo":
+        if normalizer is None and arguments["loss_type"] in ("dapo", "cispo"):
             continue
         logits = LOGITS.clone().requires_grad_()
         output = loss_of(logits, arguments, mask=torch.zeros_like(MASK), normalizer=normalizer)
@@ -392,6 +448,40 @@ def test_per_token_advantages() -> None:
         torch.testing.assert_close(loss_of(LOGITS, arguments, advantages=per_token).loss, expected)
         doubled = torch.where(torch.arange(T) == 0, 2.0, 1.0) * per_token
         assert not torch.isclose(loss_of(LOGITS, arguments, advantages=doubled).loss, expected)
+
+
+def test_cispo_weighs_the_gradient_of_logp_with_the_cut_ratio() -> None:
+    logits, other = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
+    arguments = {"loss_type": "cispo", "normalizer": 1, "epsilon_high": 1.1, "old_logps": OLD}
+    output = loss_of(logits, arguments)
+    output.loss.backward()
+    logps = reference.selective_log_softmax(other, TOKEN_IDS)[0]
+    ratio = (logps - OLD).detach().exp()
+    assert (ratio > 1.1)[MASK].any()
+    assert (ratio < 1.1)[MASK].any()
+    (-(ratio.clamp(max=1.1) * ADVANTAGES[:, None] * logps * MASK).sum()).backward()
+    torch.testing.assert_close(logits.grad, other.grad)
+    assert output.metrics["clip_high"][0] == ((ratio > 1.1) & (ADVANTAGES[:, None] > 0) & MASK).sum()
+
+
+def test_masks_leave_the_kl_and_the_denominator_alone() -> None:
+    arguments = {**OFF_POLICY, "loss_type": "grpo", "old_logps": OLD + 1, "advantages": -ADVANTAGES.abs()}
+    masked = loss_of(LOGITS, arguments, off_policy_threshold=0.0)
+    kl_alone = loss_of(LOGITS, arguments, advantages=ADVANTAGES * 0)
+    assert masked.metrics["on_policy"][0] == 0
+    torch.testing.assert_close(masked.loss, kl_alone.loss)
+
+
+def test_delta_is_the_dual_clip() -> None:
+    # Dual clip: where A < 0 the clipped loss is at most c·|A|.
+    old = OLD - torch.linspace(-2, 2, B * T, dtype=torch.float64).view(B, T)
+    arguments = {"loss_type": "bnpo", "old_logps": old, "delta": 3.0}
+    logps = reference.selective_log_softmax(LOGITS, TOKEN_IDS)[0]
+    ratio, a = (logps - old).exp(), ADVANTAGES[:, None]
+    assert ((ratio > 3) & (a < 0) & MASK).any()
+    clipped = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    dual = torch.where(a < 0, torch.min(clipped, -3.0 * a), clipped)
+    torch.testing.assert_close(loss_of(LOGITS, arguments).loss, dual[MASK].mean())
 
 
 def test_clip_metrics_count_tokens_on_the_clipped_side() -> None:
@@ -572,14 +662,23 @@ def test_integer_mask_and_int32_ids_are_accepted() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"loss_type": "cispo"}, "loss_type='cispo' is not supported.*grpo, bnpo, dr_grpo, dapo, tinyllava_video_r1"),
-    ({"loss_type": "sapo"}, "loss_type='sapo'"),
-    ({"loss_type": "luspo"}, "loss_type='luspo'"),
+    ({"loss_type": "ppo"}, "loss_type='ppo' is not supported.*grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, tiny"),
+    ({"loss_type": "cispo"}, "loss_type='cispo' divides by.*give normalizer"),
+    ({"loss_type": "cispo", "normalizer": 9}, "epsilon_high=None"),
+    ({"loss_type": "cispo", "normalizer": 9, "epsilon_high": 5.0, "delta": 9.0}, "delta=9.0 has no effect"),
+    ({"loss_type": "sapo", "epsilon_high": 0.3}, "epsilon_high=0.3 has no effect"),
+    ({"loss_type": "sapo", "sapo_temperature_neg": 0}, "sapo_temperature_neg=0"),
+    ({"loss_type": "luspo"}, "importance_sampling_level='token': loss_type='luspo' needs 'sequence'"),
+    ({"off_policy_threshold": 0.1}, "off_policy_threshold has no effect on-policy"),
+    ({"off_policy_threshold": -0.1, "old_logps": OLD}, "off_policy_threshold=-0.1"),
+    ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0"),
+    ({"top_entropy_quantile": 1.5}, "top_entropy_quantile=1.5"),
+    ({"sampler_floor": -1}, "sampler_floor=-1"),
     ({"loss_type": "dapo"}, "give normalizer"),
     ({"loss_type": "dr_grpo"}, "max_completion_length=None"),
     ({"importance_sampling_level": "batch"}, "importance_sampling_level='batch'"),
     ({"kl_estimator": "k4"}, "kl_estimator='k4'"),
-    ({"sampler_correction": "icepop"}, "sampler_correction='icepop' is not supported.*token_mask"),
+    ({"sampler_correction": "tis"}, "sampler_correction='tis' is not supported.*token_mask.*icepop"),
     ({"beta": 0.1}, "beta=0.1 needs ref_logps"),
     ({"beta": -0.1}, "beta=-0.1"),
     ({"beta": NAN}, "beta=nan"),

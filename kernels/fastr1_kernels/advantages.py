@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .validation import check_advantage_options, check_count, check_integers, check_rewards, require
+from .dispatch import rewards_use_triton
+from .validation import check_advantage_options, check_groups
 
 
 def group_advantages(
@@ -41,19 +42,15 @@ def group_advantages(
 
     Source: arXiv 2402.03300 §4.1.2 (group mean and deviation); arXiv 2503.20783 (scale_rewards="none").
     """
-    check_rewards(rewards)
+    check_groups(rewards, num_generations, group_ids)
     check_advantage_options(scale_rewards, eps, noise_std)
-    if (num_generations is None) == (group_ids is None):
-        raise ValueError(f"num_generations={num_generations} and group_ids: give exactly one of them")
-    if num_generations is not None:
-        check_count("num_generations", num_generations)
-        whole = len(rewards) % num_generations == 0
-        require(
-            whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
-        )
+    if rewards_use_triton(rewards) and not noise_std:
+        from .advantages_triton import launch_group_advantages  # triton exists on Linux only
+
+        return launch_group_advantages(rewards, num_generations, group_ids, scale_rewards, eps, leave_one_out)
+    if group_ids is None:
+        assert num_generations is not None
         group_ids = torch.arange(len(rewards), device=rewards.device) // num_generations
-    assert group_ids is not None
-    check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
     return reference.group_advantages(
         rewards,
         group_ids,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .dispatch import uses_triton
 from .validation import check_linear, check_number, check_rows, check_token_ids
 
 # One float32 buffer of 1,024 rows and 151,936 columns is 0.6 GB; scoring a chunk holds a handful of them.
@@ -40,7 +41,8 @@ def selective_log_softmax(
 
     Returns:
         logps (...), float32 (float64 for float64 logits); with `return_entropy` also the entropy of each row (...),
-        differentiable too. Logits of -inf have probability 0.
+        differentiable too. Logits of -inf have probability 0. On a GPU one Triton kernel reads the logits once and the
+        result is differentiable once; see `dispatch`.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, an id outside the vocabulary.
@@ -48,7 +50,12 @@ def selective_log_softmax(
     check_rows("logits", logits, token_ids)
     check_number("temperature", temperature, above=0)
     check_token_ids(token_ids, logits.shape[-1])
-    logps, entropy = reference.selective_log_softmax(logits, token_ids.long(), temperature)
+    if uses_triton(logits):
+        from .logps_triton import score_rows  # triton exists on Linux only
+
+        logps, entropy = (x.view(token_ids.shape) for x in score_rows(logits, token_ids, temperature=temperature))
+    else:
+        logps, entropy = reference.selective_log_softmax(logits, token_ids.long(), temperature)
     return (logps, entropy) if return_entropy else logps
 
 

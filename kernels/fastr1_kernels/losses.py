@@ -1,7 +1,9 @@
 """The GRPO family of losses, from logits or straight from hidden states.
 
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
-Today both functions compute log-probabilities with `logps` and reduce them with `reference.policy_loss_from_logps`.
+On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`losses_triton`), else
+two row launches with torch between them. `linear_grpo_loss`, and `grpo_loss` elsewhere, compute log-probabilities with
+`logps` and reduce them with `reference.policy_loss_from_logps`. `dispatch` is the rule.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from torch import Tensor
 
 from . import reference
 from .advantages import group_advantages
+from .dispatch import rewards_use_triton, uses_triton
 from .logps import chunked_linear_logps
 from .validation import (
     LossArguments,
+    check_groups,
+    check_inplace,
     check_layout,
     check_linear,
     check_loss_arguments,
     check_mask,
     check_rows,
     check_token_ids,
-    require,
 )
 
 _F = TypeVar("_F", bound=Callable[..., "GRPOOutput"])
@@ -66,13 +70,29 @@ def grpo_loss(
     where it is required, and bnpo) or of sequences (grpo, dr_grpo, tinyllava_video_r1) of the whole update. The losses
     of the calls then add up to the loss of one call with everything.
 
+    With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
+    one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.
+
     Raises:
-        ValueError: wrong shapes, dtypes, devices, ids, unknown or contradictory options; `inplace=True`.
+        ValueError: wrong shapes, dtypes, devices, ids, unknown or contradictory options; `inplace` where the kernels do
+            not run, or for logits that are a leaf or overlap themselves.
     """
-    require(not inplace, "inplace=True is not supported yet: leave it out")
     arguments = LossArguments(**loss_arguments)
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
+    if inplace:
+        check_inplace(logits, uses_triton(logits))
+    if uses_triton(logits):
+        from . import logps_triton, losses_triton  # triton exists on Linux only
+
+        if _is_one_launch(arguments):
+            advantages = None if _kernel_advantages(arguments) else _advantages(arguments)
+            return GRPOOutput(
+                *losses_triton.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace)
+            )
+        scores = logps_triton.score_rows(logits, token_ids, mask, temperature=arguments.temperature, inplace=inplace)
+        logps, entropy = (x[mask.reshape(-1)] for x in scores)
+        return _reduce(logps, entropy, token_ids, mask, arguments)
     rows = _select(logits, arguments.mask, mask)
     logps, entropy = reference.selective_log_softmax(rows, token_ids[mask].long(), arguments.temperature)
     return _reduce(logps, entropy, token_ids, mask, arguments)
@@ -135,6 +155,24 @@ def _reduce(logps: Tensor, entropy: Tensor, token_ids: Tensor, mask: Tensor, arg
         entropy=grid.place(entropy),
     )
     return GRPOOutput(loss, metrics, _scatter(logps, mask), _scatter(entropy, mask), advantages)
+
+
+def _is_one_launch(arguments: LossArguments) -> bool:
+    """Whether the loss of every token depends on its own row alone."""
+    return (
+        arguments.importance_sampling_level == "token"
+        and (arguments.sampler_logps is None or not arguments.sampler_correction.startswith("sequence"))
+        and arguments.off_policy_threshold is None
+        and arguments.top_entropy_quantile == 1
+    )
+
+
+def _kernel_advantages(arguments: LossArguments) -> bool:
+    """Whether the loss kernel computes the advantages, from rewards that are checked here."""
+    if arguments.rewards is None or not rewards_use_triton(arguments.rewards):
+        return False
+    check_groups(arguments.rewards, arguments.num_generations, arguments.group_ids)
+    return True
 
 
 def _advantages(arguments: LossArguments) -> Tensor:

@@ -17,24 +17,35 @@ from torch import Tensor
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types with the clipped objective
+TOKEN_MEANS = ("bnpo", "dapo", "cispo")  # loss types divided by a number of tokens
+SEQUENCE_MEANS = ("grpo", "sapo", "tinyllava_video_r1")  # loss types that average within each sequence first
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyOptions:
     """Everything that chooses the objective, as keywords of `grpo_loss` and `linear_grpo_loss`."""
 
-    loss_type: str = "dapo"  # grpo | bnpo | dr_grpo | dapo | tinyllava_video_r1
+    loss_type: str = "dapo"  # grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | tinyllava_video_r1
     beta: float = 0.0  # weight of the KL term
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon ...
-    epsilon_high: float | None = None  # ... and above 1 + epsilon_high; None: epsilon
+    epsilon_high: float | None = None  # ... and above 1 + epsilon_high; None: epsilon. cispo: the largest ratio itself
     delta: float | None = None  # upper bound of the ratio where the advantage is negative
+    sapo_temperature_pos: float = 1.0  # sapo, where the advantage is positive
+    sapo_temperature_neg: float = 1.05  # sapo, elsewhere
     importance_sampling_level: str = "token"  # token | sequence
     kl_estimator: str = "k3"  # k1 | k2 | k3
     entropy_coef: float = 0.0  # weight of the entropy bonus
     max_completion_length: int | None = None  # read by dr_grpo only
-    normalizer: float | Tensor | None = None  # global number of loss tokens (dapo, bnpo) or sequences (the others)
+    normalizer: float | Tensor | None = None  # global number of loss tokens (TOKEN_MEANS) or sequences (the others)
     log_ratio_clamp: float | None = 20.0  # bound of |log ratio| before exp; None: bounded by overflow only
-    sampler_correction: str = "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask
+    sampler_correction: str = (
+        "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask | icepop
+    )
     sampler_cap: float = 3.0  # largest trainer/sampler ratio: larger ones are cut to it or masked
+    sampler_floor: float = 0.5  # icepop also masks smaller ones
+    off_policy_threshold: float | None = None  # sequences with A < 0 that drifted further from their sampler are masked
+    top_entropy_quantile: float = 1.0  # share of the call's loss tokens, those of highest entropy, that keep the loss
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -178,18 +189,27 @@ def policy_loss_from_logps(
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = log_ratio.clamp(-limit, limit).exp()
     record("ratio", ratio)
-    if options.loss_type == "tinyllava_video_r1":
-        per_token = -ratio * advantages
-    else:
-        low = 1 - options.epsilon
-        high = 1 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
-        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
-        per_token = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
+    per_token = _policy_term(ratio, logps, advantages, options)
+    low, high = clip_range(options)
+    if options.loss_type in CLIPPED:
         record("clip_low", (ratio < low) & (advantages < 0))
+    if options.loss_type in (*CLIPPED, "cispo"):
         record("clip_high", (ratio > high) & (advantages > 0))
 
-    if sampler_logps is not None:
-        sampler_weight = _sampler_weight(old - _constant(sampler_logps, mask, logps.dtype), options, limit)
+    sampler = None if sampler_logps is None else _constant(sampler_logps, mask, logps.dtype)
+    if options.off_policy_threshold is not None:
+        drift = torch.where(mask, (old if sampler is None else sampler) - logps.detach(), 0.0).sum(1, keepdim=True)
+        drift = drift / mask.sum(1, keepdim=True).clamp(min=1)
+        kept = (advantages >= 0) | (drift <= options.off_policy_threshold)
+        record("on_policy", kept)
+        per_token = torch.where(kept, per_token, 0.0)
+    if options.top_entropy_quantile < 1:
+        assert entropy is not None
+        kept = _highest(entropy.detach(), mask, options.top_entropy_quantile)
+        record("high_entropy", kept)
+        per_token = torch.where(kept, per_token, 0.0)
+    if sampler is not None:
+        sampler_weight = _sampler_weight(old - sampler, options, limit)
         per_token = per_token * sampler_weight
         record("sampler_weight", sampler_weight)
     if ref_logps is not None:
@@ -214,11 +234,44 @@ def _constant(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, x.detach().to(dtype), 0.0)
 
 
+def clip_range(options: PolicyOptions) -> tuple[float, float]:
+    """Smallest and largest ratio that is not clipped."""
+    if options.loss_type == "cispo":
+        assert options.epsilon_high is not None
+        return 0.0, options.epsilon_high
+    return 1 - options.epsilon, 1 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
+
+
+def _policy_term(ratio: Tensor, logps: Tensor, advantages: Tensor, options: PolicyOptions) -> Tensor:
+    """The loss of each token, (B, T) or (B, 1), before masks, corrections and KL."""
+    low, high = clip_range(options)
+    if options.loss_type == "tinyllava_video_r1":
+        return -ratio * advantages
+    if options.loss_type == "cispo":
+        return -ratio.detach().clamp(max=high) * advantages * logps
+    if options.loss_type == "sapo":
+        # Two Python numbers in `where` would make float32.
+        temperature = torch.full_like(advantages, options.sapo_temperature_neg)
+        temperature = temperature.masked_fill(advantages > 0, options.sapo_temperature_pos)
+        return -advantages * (4 / temperature) * torch.sigmoid(temperature * (ratio - 1))
+    bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
+    return -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
+
+
+def _highest(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Which tokens belong to the `share` of loss tokens of highest entropy, (B, T) bool."""
+    if not mask.any():
+        return mask
+    return entropy >= torch.quantile(entropy[mask], 1 - share)
+
+
 def _sampler_weight(log_ratio: Tensor, options: PolicyOptions, limit: float) -> Tensor:
     """Trainer/sampler ratio of a token or of its whole sequence, cut to the cap or dropped beyond it."""
     level, _, action = options.sampler_correction.partition("_")
     log_ratio = log_ratio.sum(1, keepdim=True) if level == "sequence" else log_ratio
     weight = log_ratio.clamp(-limit, limit).exp()
+    if options.sampler_correction == "icepop":
+        return torch.where((weight < options.sampler_floor) | (weight > options.sampler_cap), 0.0, weight)
     if action == "truncate":
         return weight.clamp(max=options.sampler_cap)
     return torch.where(weight > options.sampler_cap, 0.0, weight)
@@ -227,17 +280,22 @@ def _sampler_weight(log_ratio: Tensor, options: PolicyOptions, limit: float) -> 
 def _reduce(per_token: Tensor, mask: Tensor, options: PolicyOptions) -> Tensor:
     """Masked sum of (B, T), or sum of per-sequence means, over a denominator that may be that of a larger batch."""
     total = torch.where(mask, per_token, 0.0)
-    denominator = options.normalizer
-    if options.loss_type in ("grpo", "tinyllava_video_r1"):
+    if options.loss_type in SEQUENCE_MEANS:
         total = total.sum(1) / mask.sum(1).clamp(min=1)
+    return total.sum() / loss_denominator(mask.sum(), mask.shape[0], options).to(per_token.dtype)
+
+
+def loss_denominator(num_tokens: Tensor, num_sequences: int, options: PolicyOptions) -> Tensor:
+    """0-d float64, from the options or else from the loss tokens and sequences of this call."""
+    denominator = options.normalizer
     if denominator is None:
-        denominator = mask.sum() if options.loss_type in ("dapo", "bnpo") else mask.shape[0]
-    denominator = torch.as_tensor(denominator, dtype=per_token.dtype, device=per_token.device)
+        denominator = num_tokens if options.loss_type in TOKEN_MEANS else num_sequences
+    denominator = torch.as_tensor(denominator, dtype=torch.float64, device=num_tokens.device)
     if options.loss_type == "dr_grpo":
         assert options.max_completion_length is not None
         denominator = denominator * options.max_completion_length
     # A denominator of 0 means that there is no loss token anywhere: loss 0 and gradients 0.
-    return total.sum() / torch.where(denominator == 0, math.inf, denominator)
+    return torch.where(denominator == 0, math.inf, denominator)
 
 
 def grpo_loss(

@@ -13,8 +13,19 @@ from torch import Tensor
 
 from .reference import PolicyOptions
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "tinyllava_video_r1")
-SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "tinyllava_video_r1")
+SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "icepop")
+# Options that a loss type would ignore, with the value that leaves them out.
+UNUSED_OPTIONS: dict[str, dict[str, object]] = {
+    "tinyllava_video_r1": {
+        "epsilon_high": None,
+        "delta": None,
+        "importance_sampling_level": "token",
+        "kl_estimator": "k3",
+    },
+    "cispo": {"delta": None},
+    "sapo": {"epsilon_high": None, "delta": None},
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,31 +130,52 @@ def check_options(options: PolicyOptions) -> None:
     check_number("epsilon", options.epsilon, at_least=0)
     check_number("entropy_coef", options.entropy_coef)
     check_number("sampler_cap", options.sampler_cap, above=0)
+    check_number("sampler_floor", options.sampler_floor, at_least=0)
+    check_number("sapo_temperature_pos", options.sapo_temperature_pos, above=0)
+    check_number("sapo_temperature_neg", options.sapo_temperature_neg, above=0)
+    check_number("top_entropy_quantile", options.top_entropy_quantile, above=0)
+    require(
+        options.top_entropy_quantile <= 1,
+        f"top_entropy_quantile={options.top_entropy_quantile}: give the share of tokens to keep, at most 1",
+    )
     if options.log_ratio_clamp is not None:
         check_number("log_ratio_clamp", options.log_ratio_clamp, above=0)
+    if options.off_policy_threshold is not None:
+        check_number("off_policy_threshold", options.off_policy_threshold, at_least=0)
     if options.epsilon_high is not None:
         check_number("epsilon_high", options.epsilon_high, at_least=0)
-    if options.delta is not None:
-        high = options.epsilon if options.epsilon_high is None else options.epsilon_high
-        check_number("delta", options.delta, above=1 + high)
     if options.max_completion_length is not None:
         check_count("max_completion_length", options.max_completion_length)
     _check_normalizer(options.normalizer)
+    _check_loss_type(options)
+
+
+def _check_loss_type(options: PolicyOptions) -> None:
+    """Check what one loss type needs, and what it would ignore."""
+    for name, value in UNUSED_OPTIONS.get(options.loss_type, {}).items():
+        received = getattr(options, name)
+        require(
+            received == value,
+            f"{name}={received!r} has no effect on loss_type={options.loss_type!r}: leave it out, or use 'grpo'",
+        )
+    if options.delta is not None:
+        high = options.epsilon if options.epsilon_high is None else options.epsilon_high
+        check_number("delta", options.delta, above=1 + high)
     if options.loss_type == "dapo" and options.normalizer is None:
         raise ValueError(
             "loss_type='dapo' divides by the number of loss tokens of the whole update: give normalizer "
             "(mask.sum() where this call is the whole update), or use loss_type='bnpo' for the tokens of this call"
         )
+    if options.loss_type == "cispo" and options.normalizer is None:
+        raise ValueError("loss_type='cispo' divides by the loss tokens of the whole update: give normalizer")
+    if options.loss_type == "cispo" and options.epsilon_high is None:
+        raise ValueError("loss_type='cispo' cuts the ratio at epsilon_high=None: give the largest ratio, 5.0 say")
     if options.loss_type == "dr_grpo" and options.max_completion_length is None:
         raise ValueError("loss_type='dr_grpo' divides by max_completion_length=None: give the length limit")
-    if options.loss_type == "tinyllava_video_r1":
-        unused = {"epsilon_high": None, "delta": None, "importance_sampling_level": "token", "kl_estimator": "k3"}
-        for name, value in unused.items():
-            received = getattr(options, name)
-            require(
-                received == value,
-                f"{name}={received!r} has no effect on the unclipped loss_type='tinyllava_video_r1': use 'grpo'",
-            )
+    if options.loss_type == "luspo" and options.importance_sampling_level != "sequence":
+        raise ValueError(
+            f"importance_sampling_level={options.importance_sampling_level!r}: loss_type='luspo' needs 'sequence'"
+        )
 
 
 def _check_normalizer(normalizer: float | Tensor | None) -> None:
@@ -168,6 +200,31 @@ def check_rewards(rewards: Tensor) -> None:
         position = int(infinite.nonzero()[0, 0])
         value = rewards[position].item()
         raise ValueError(f"reward {position} is {value}: give a finite number, or NaN for a completion without score")
+
+
+def check_groups(rewards: Tensor, num_generations: int | None, group_ids: Tensor | None) -> None:
+    """Rewards, and exactly one description of their groups."""
+    check_rewards(rewards)
+    if (num_generations is None) == (group_ids is None):
+        raise ValueError(f"num_generations={num_generations} and group_ids: give exactly one of them")
+    if group_ids is not None:
+        check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
+    if num_generations is not None:
+        check_count("num_generations", num_generations)
+        whole = len(rewards) % num_generations == 0
+        require(
+            whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
+        )
+
+
+def check_inplace(logits: Tensor, has_kernel: bool) -> None:
+    """Refuse logits whose gradient cannot take their place."""
+    where = f"{logits.dtype} on {logits.device.type}"
+    require(has_kernel, f"inplace=True is not supported yet for {where}: leave it out")
+    is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
+    require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
+    repeated = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
+    require(not repeated, f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
 
 
 def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -206,6 +263,8 @@ def check_loss_arguments(arguments: LossArguments, token_ids: Tensor, mask: Tens
         raise ValueError(f"beta={arguments.beta} needs ref_logps: give them, or beta=0")
     if arguments.loss_type == "tinyllava_video_r1" and arguments.old_logps is not None:
         raise ValueError("old_logps has no effect on the on-policy loss_type='tinyllava_video_r1': use 'grpo'")
+    if arguments.off_policy_threshold is not None and arguments.old_logps is None and arguments.sampler_logps is None:
+        raise ValueError("off_policy_threshold has no effect on-policy: give old_logps or sampler_logps")
     if not isinstance(arguments.normalizer, Tensor) and arguments.normalizer == 0 and mask.any():
         raise ValueError("normalizer=0, but this call has loss tokens: count them in")
     _check_advantage_source(arguments, token_ids, num_sequences)

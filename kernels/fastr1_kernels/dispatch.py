@@ -1,0 +1,34 @@
+"""The rule that chooses between the Triton kernels and plain torch.
+
+Triton: float32, bfloat16 and float16 tensors on a GPU; also on a CPU where TRITON_INTERPRET=1 was set before the
+import, which runs the kernels in Python, slowly, for tests. Plain torch: everything else: CPU tensors and float64.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def uses_triton(x: Tensor) -> bool:
+    return x.dtype in KERNEL_DTYPES and _runs_triton(x)
+
+
+def rewards_use_triton(rewards: Tensor) -> bool:
+    """Rewards may also be integers or booleans; float64 rewards keep their precision in torch."""
+    return rewards.dtype != torch.float64 and _runs_triton(rewards)
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the GPU of `x` current: Triton launches on the current device, whatever its arguments live on."""
+    return torch.cuda.device_of(x)

@@ -1,0 +1,79 @@
+"""The scalar work of one token in the loss kernel: objective, KL and sampler weight, each with its derivative.
+
+Ratio r = exp(d), d = clamp(logp - logp_old, ±L) or 0 on-policy; r' = ∂r/∂logp, that is r inside the clamp, else 0:
+    clipped   f = -min(min(r, δ)·A, clip(r, 1-ε, 1+ε_high)·A)   f' = -A·r' where the first is the smaller and r ≤ δ
+    ratio     f = -r·A                                          f' = -A·r'
+    cispo     f = -min(r, cap)·A·logp                           f' = -min(r, cap)·A
+    sapo      f = -A·(4/τ)·s, s = σ(τ(r - 1))                   f' = -4A·s·(1 - s)·r'
+With q = logp_ref - logp:
+    k1 = -q, k1' = 1      k2 = q²/2, k2' = -q      k3 = eᵠ - q - 1, k3' = 1 - eᵠ (input clamped to ±L)
+About 30 operations on a few numbers per token, nothing beside its row of logits.
+
+Sources: those of the README's table; the derivatives follow from the formulas. Where a bound is met exactly, autograd
+splits the derivative and this does not.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def policy_term(ratio, slope, advantage, logp, low, high, delta, tau_pos, tau_neg, OBJECTIVE: tl.constexpr):
+    """f and f' of the table above."""
+    if OBJECTIVE == "ratio":
+        return -ratio * advantage, -slope * advantage
+    elif OBJECTIVE == "cispo":
+        cut = tl.minimum(ratio, high)
+        return -cut * advantage * logp, -cut * advantage
+    elif OBJECTIVE == "sapo":
+        tau = tl.where(advantage > 0, tau_pos, tau_neg)
+        sigmoid = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+        return -advantage * (4.0 / tau) * sigmoid, -4.0 * advantage * sigmoid * (1.0 - sigmoid) * slope
+    else:
+        unclipped = tl.minimum(ratio, delta) * advantage
+        clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
+        selected = (unclipped <= clipped) & (ratio <= delta)
+        return -tl.minimum(unclipped, clipped), tl.where(selected, -slope * advantage, 0.0)
+
+
+@triton.jit
+def k3_term(q):
+    """eᵠ - q - 1; near 0 as its series, because exp(q) - q - 1 cancels in float32."""
+    small = tl.minimum(tl.maximum(q, -0.5), 0.5)
+    series = 1.0 + small / 8.0
+    series = 1.0 + small / 7.0 * series
+    series = 1.0 + small / 6.0 * series
+    series = 1.0 + small / 5.0 * series
+    series = 1.0 + small / 4.0 * series
+    series = 1.0 + small / 3.0 * series
+    return tl.where(tl.abs(q) < 0.5, small * small / 2.0 * series, tl.exp(q) - q - 1.0)
+
+
+@triton.jit
+def kl_term(q, limit, KL: tl.constexpr):
+    """kl and ∂kl/∂logp for q = logp_ref - logp."""
+    if KL == "k1":
+        return -q, q * 0.0 + 1.0
+    elif KL == "k2":
+        return q * q / 2.0, -q
+    elif KL == "k3":
+        kl = k3_term(tl.minimum(tl.maximum(q, -limit), limit))
+        # 1 - eᵠ without cancellation
+        return kl, tl.where((q >= -limit) & (q <= limit), -(kl + q), 0.0)
+    else:  # "k3_output": k3 is cut at 100, as the original does; above q = 20 it is larger than that
+        kl = k3_term(tl.minimum(q, 20.0))
+        return tl.minimum(kl, 100.0), tl.where((kl <= 100.0) & (q <= 20.0), -(kl + q), 0.0)
+
+
+@triton.jit
+def sampler_term(log_weight, limit, floor, cap, CORRECTION: tl.constexpr):
+    """The weight exp(logp_old - logp_sampler) after truncation or masking."""
+    weight = tl.exp(tl.minimum(tl.maximum(log_weight, -limit), limit))
+    if CORRECTION == "token_truncate":
+        return tl.minimum(weight, cap)
+    elif CORRECTION == "icepop":
+        return tl.where((weight < floor) | (weight > cap), 0.0, weight)
+    else:  # "token_mask"
+        return tl.where(weight > cap, 0.0, weight)
