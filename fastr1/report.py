@@ -7,6 +7,7 @@ Reads metrics.jsonl of the run folder and, where present, summary.json, whose op
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ SUMMARY_FILE = "summary.json"
 
 Series = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,)
 
-_COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666")
+_COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 
 
 class ReportError(RunLogError):
@@ -45,7 +46,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 7.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, whatever the user's matplotlib settings
     axes = figure.subplots(2, 2)
     figure.suptitle(str(summary.get("title", f"Run {folder.resolve().name}")), fontsize=14, fontweight="bold")
@@ -136,18 +137,21 @@ def _draw_kl(axes: Axes, series: dict[str, Series]) -> None:
 def _draw_accuracy(axes: Axes, series: dict[str, Series], fixed: dict[str, float]) -> None:
     train = sorted(name for name in series if name.startswith("rewards/") and "accuracy" in name)
     held_out = sorted(name for name in series if name.startswith("eval/") and "accuracy" in name)
-    colors = iter(_COLORS * (len(train) + len(held_out) + len(fixed)))
-    for name in train:
-        _draw_line(axes, _percent(series[name]), "training rollouts (sampled)", next(colors))
-    for name in held_out:
-        label = "held-out" if name == "eval/accuracy" else name.removeprefix("eval/").replace("_", " ")
+    for name, color in zip(train, cycle(_COLORS), strict=False):
+        _draw_line(axes, _percent(series[name]), "training rollouts (sampled)", color)
+    for name, color in zip(held_out, cycle(_COLORS[1:]), strict=False):
+        is_total = name == "eval/accuracy"
+        label = "held-out" if is_total else name.removeprefix("eval/accuracy/").replace("_", " ")
         steps, values = _percent(series[name])
-        axes.plot(steps, values, "o-", color=next(colors), linewidth=1.8, markersize=5, label=label)
-    for label, value in fixed.items():
+        width, style = (2.4, "o-") if is_total else (1.2, "o:")
+        axes.plot(steps, values, style, color=color, linewidth=width, markersize=2.5 * width**0.5, label=label)
+    for (label, value), style in zip(fixed.items(), cycle(("--", "-.", ":")), strict=False):
         text = f"{label} ({100 * value:.0f} %)"
-        axes.axhline(100 * value, linestyle="--", linewidth=1.2, color=next(colors), label=text)
+        axes.axhline(100 * value, linestyle=style, linewidth=1.2, color="black", label=text)
     axes.set_ylim(-2, 102)
     _finish(axes, "Accuracy", "correct answers (%)", len(train) + len(held_out) + len(fixed), always_legend=True)
+    if axes.get_legend() is not None:  # many lines: beside the panel, not over it
+        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
 def _percent(points: Series) -> Series:
