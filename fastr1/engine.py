@@ -203,12 +203,6 @@ class Engine:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's picklable object, on every rank."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
-        return values[0]
-
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()

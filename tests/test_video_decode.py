@@ -22,7 +22,6 @@ from fastr1.video import (
     BackendError,
     VideoError,
     backend_in_use,
-    blank_clip,
     decode,
     describe_backend,
     load_clip,
@@ -423,16 +422,6 @@ def test_torchcodec_is_preferred():
     assert backend_in_use() == "torchcodec"
     assert backend_in_use("pyav") == "pyav"
     assert re.fullmatch(r"torchcodec \S+ \(FFmpeg \d+\)", describe_backend())
-
-
-def test_blank_clip_is_black():
-    clip = blank_clip(3, 4, 5)
-    assert clip.frames.shape == (3, 3, 4, 5)
-    assert clip.frames.dtype == torch.uint8
-    assert not clip.frames.any()
-    assert (clip.indices, clip.timestamps_seconds, clip.backend) == ((0, 1, 2), (0.0, 1.0, 2.0), "blank")
-    with pytest.raises(ValueError, match="got 0, 4, 5"):
-        blank_clip(0, 4, 5)
 
 
 def test_torchcodec_is_imported_in_one_file():

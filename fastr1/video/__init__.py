@@ -1,6 +1,6 @@
 """Videos to pixels: which frames, decoding, resizing for the vision tower, loading ahead."""
 
-from fastr1.video.decode import backend_in_use, blank_clip, describe_backend, load_clip
+from fastr1.video.decode import backend_in_use, describe_backend, load_clip
 from fastr1.video.errors import BackendError, VideoError
 from fastr1.video.indices import one_fps_indices, select_indices, uniform_indices
 from fastr1.video.pixels import preprocess_frames
@@ -11,7 +11,6 @@ __all__ = [
     "ClipPrefetcher",
     "VideoError",
     "backend_in_use",
-    "blank_clip",
     "describe_backend",
     "load_clip",
     "one_fps_indices",

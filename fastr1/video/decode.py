@@ -59,20 +59,6 @@ def load_clip(
     return decoder.decode(path, choose, device=torch.device(device), num_ffmpeg_threads=num_ffmpeg_threads)
 
 
-def blank_clip(num_frames: int, height: int, width: int) -> Clip:
-    """Black frames, one per second: the video of the blind baseline."""
-    if min(num_frames, height, width) < 1:
-        raise ValueError(f"num_frames, height and width must be at least 1, got {num_frames}, {height}, {width}")
-    return Clip(
-        frames=torch.zeros(num_frames, 3, height, width, dtype=torch.uint8),
-        indices=tuple(range(num_frames)),
-        timestamps_seconds=tuple(float(index) for index in range(num_frames)),
-        source_fps=1.0,
-        duration_seconds=float(num_frames),
-        backend="blank",
-    )
-
-
 def backend_in_use(backend: str = "auto") -> str:
     """The decoder that this setting of `backend` comes to here: "torchcodec" or "pyav"."""
     return "pyav" if _backend_module(backend) is pyav_backend else "torchcodec"
