@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import INSTRUCTION, DataConfig, GRPOConfig, TrainConfig
-from fastr1.config_io import ConfigError, load_config
+from fastr1.config import INSTRUCTION, ConfigError, DataConfig, GRPOConfig, TrainConfig, load_config
 
 Command = Callable[[argparse.Namespace], int]
 

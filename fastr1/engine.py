@@ -34,7 +34,7 @@ from torch import nn
 from transformers.optimization import get_scheduler
 
 from fastr1.config import OptimConfig
-from fastr1.config_check import DEEPSPEED_OWNED_KEYS, without_auto
+from fastr1.config.checks import DEEPSPEED_OWNED_KEYS, without_auto
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)

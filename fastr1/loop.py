@@ -16,8 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from fastr1.checkpoint import load_checkpoint, save_checkpoint
-from fastr1.config import TrainConfig
-from fastr1.config_io import save_config
+from fastr1.config import TrainConfig, save_config
 from fastr1.data.records import BadSampleLedger, LoadedSamples, load_grpo_samples
 from fastr1.data.sampler import PromptSampler
 from fastr1.engine import Engine, launched_world_size

@@ -22,7 +22,7 @@ if not __package__:
     sys.path[:0] = [str(_here.parent), str(_here.parent / "kernels")]
 
 from fastr1.cli import add_config_arguments, report_errors, run_config
-from fastr1.config_io import load_config
+from fastr1.config import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastr1.config import TrainConfig
-from fastr1.config_check import DEEPSPEED_OWNED_KEYS, ConfigError, without_auto
-from fastr1.config_io import config_to_dict, load_config, save_config
+from fastr1.config import TrainConfig, config_to_dict, load_config, save_config
+from fastr1.config.checks import DEEPSPEED_OWNED_KEYS, ConfigError, without_auto
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.json"))
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}

@@ -26,7 +26,7 @@ from trainer_toys import (
 
 import fastr1.loop
 import fastr1.trainer
-from fastr1.config_io import load_config, save_config
+from fastr1.config import load_config, save_config
 from fastr1.data.records import load_grpo_samples
 from fastr1.loop import TrainingRun, Update, mean_metrics
 from fastr1.metrics import read_rows

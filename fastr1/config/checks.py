@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastr1.config import TrainConfig
+from fastr1.config.fields import TrainConfig
 
 
 class ConfigError(ValueError):

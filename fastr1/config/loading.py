@@ -2,7 +2,7 @@
 
     config = load_config("configs/grpo.json", ["optim.learning_rate=1e-6", "model.freeze=[]"])
 
-Every key is optional and means what `config.py` says. A key that does not exist, a key written twice, a value of the
+Every key is optional and means what `fields.py` says. A key that does not exist, a key written twice, a value of the
 wrong type and a value out of range are refused; nothing is ignored.
 
 Paths: `model.path`, `data.*` and `run.output_dir` are used as written, so relative ones start at the current directory.
@@ -21,10 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from fastr1.config import TrainConfig
-from fastr1.config_check import ConfigError, check_config
-
-__all__ = ["ConfigError", "check_config", "config_to_dict", "load_config", "save_config"]
+from fastr1.config.checks import ConfigError, check_config
+from fastr1.config.fields import TrainConfig
 
 _WORDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number", dict: "an object"}
 
