@@ -1,10 +1,10 @@
 """Videos to pixels: which frames, decoding, resizing for the vision tower, loading ahead."""
 
-from fastr1.video.decode import backend_in_use, describe_backend, load_clip
+from fastr1.video.decoders import backend_in_use, describe_backend, load_clip
 from fastr1.video.errors import BackendError, VideoError
-from fastr1.video.indices import one_fps_indices, select_indices, uniform_indices
+from fastr1.video.frame_rule import one_fps_indices, select_indices, uniform_indices
+from fastr1.video.loader import ClipPrefetcher
 from fastr1.video.pixels import preprocess_frames
-from fastr1.video.prefetch import ClipPrefetcher
 
 __all__ = [
     "BackendError",

@@ -17,7 +17,7 @@ import torch
 from fastr1.schema import Clip
 from fastr1.video import pyav_backend, torchcodec_backend
 from fastr1.video.errors import REPLACE_FILE, BackendError, VideoError
-from fastr1.video.indices import select_indices
+from fastr1.video.frame_rule import select_indices
 from fastr1.video.torchcodec_backend import TorchcodecUnavailableError
 
 BACKENDS = ("auto", "torchcodec", "pyav")
