@@ -250,7 +250,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from fastr1.report import write_report
+    from fastr1.reporting.curves import write_report
 
     print(write_report(args.run_dir, args.output))
     return 0

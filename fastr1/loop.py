@@ -21,7 +21,7 @@ from fastr1.data.records import BadSampleLedger, LoadedSamples, load_grpo_sample
 from fastr1.data.sampler import PromptSampler
 from fastr1.engine import Engine, launched_world_size
 from fastr1.evaluate import evaluate_samples, summarise_answers
-from fastr1.metrics import METRICS_FILE, PhaseTimer, RunLogger, peak_memory_bytes
+from fastr1.reporting.run_log import METRICS_FILE, PhaseTimer, RunLogger, peak_memory_bytes
 from fastr1.runtime import StopRequest, export_model, image_size_of, load_policy, pixel_loader
 from fastr1.schema import DataError, Sample, SftSample
 from fastr1.video import ClipPrefetcher, describe_backend

@@ -17,8 +17,8 @@ from fastr1.config import TrainConfig
 from fastr1.data.prompts import build_prompt, build_sft_example, tokenize_with_image
 from fastr1.data.records import load_sft_samples
 from fastr1.loop import Metrics, Rows, TrainingRun, Update
+from fastr1.reporting.statistics import TokenSums
 from fastr1.schema import IGNORE_INDEX, DataError, SftSample
-from fastr1.summary import TokenSums
 from fastr1_kernels import selective_log_softmax
 
 

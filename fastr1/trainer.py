@@ -21,11 +21,11 @@ from fastr1.config import TrainConfig
 from fastr1.data.prompts import build_prompt_ids
 from fastr1.data.records import load_grpo_samples
 from fastr1.loop import Metrics, Rows, TrainingRun, Update
+from fastr1.reporting.statistics import TokenSums, rollout_rows, summarise_rollout
 from fastr1.rewards import Scored, build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.runtime import load_policy
 from fastr1.schema import DataError, Rollout, Sample
-from fastr1.summary import TokenSums, rollout_rows, summarise_rollout
 from fastr1_kernels import GRPOOutput, group_advantages, grpo_loss, selective_log_softmax
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastr1.metrics import PhaseTimer, RunLogError, RunLogger, peak_memory_bytes, read_rows
+from fastr1.reporting.run_log import PhaseTimer, RunLogError, RunLogger, peak_memory_bytes, read_rows
 
 
 def make_logger(folder: Path, start_step: int = 0, total_steps: int = 100, **options: Any) -> RunLogger:

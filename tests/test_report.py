@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastr1 import report
-from fastr1.metrics import RunLogError
-from fastr1.report import ReportError, read_series, smooth, write_report
+from fastr1.reporting.curves import ReportError, read_series, smooth, write_report
+from fastr1.reporting.run_log import RunLogError
 
 
 def write_run(folder: Path, rows: list[dict[str, Any]], summary: Any = None) -> Path:

@@ -29,8 +29,8 @@ import fastr1.trainer
 from fastr1.config import load_config, save_config
 from fastr1.data.records import load_grpo_samples
 from fastr1.loop import TrainingRun, Update, mean_metrics
-from fastr1.metrics import read_rows
 from fastr1.models import TinyLlavaVideo, load_model
+from fastr1.reporting.run_log import read_rows
 from fastr1.schema import DataError, Sample
 from fastr1.trainer import GRPOTrainer, run_grpo
 

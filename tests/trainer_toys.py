@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from fastr1.config import DataConfig, GRPOConfig, ModelConfig, OptimConfig, RewardConfig, RunConfig, TrainConfig
 from fastr1.data.prompts import build_prompt
-from fastr1.metrics import read_rows
 from fastr1.models import TinyLlavaVideo, parse_config, save_model
+from fastr1.reporting.run_log import read_rows
 from fastr1.schema import Sample
 
 COLOURS = ("red", "green", "blue")

@@ -20,8 +20,8 @@ from fastr1.config import load_config
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluate import evaluate_checkpoint
-from fastr1.metrics import METRICS_FILE, read_rows
-from fastr1.report import write_report
+from fastr1.reporting.curves import write_report
+from fastr1.reporting.run_log import METRICS_FILE, read_rows
 
 logger = logging.getLogger(__name__)
 

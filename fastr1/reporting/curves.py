@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastr1.metrics import METRICS_FILE, RunLogError, read_rows
+from fastr1.reporting.run_log import METRICS_FILE, RunLogError, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
