@@ -13,9 +13,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from fastr1 import __version__
-from fastr1.config import INSTRUCTION, ConfigError, DataConfig, GRPOConfig, TrainConfig, load_config
+from fastr1.config import INSTRUCTION, ConfigError, Control, DataConfig, GRPOConfig, RunConfig, TrainConfig, load_config
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -57,11 +58,11 @@ def run_config(config: TrainConfig) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     if config.task == "sft":
-        from fastr1.sft import run_sft
+        from fastr1.training.sft import run_sft
 
         run_sft(config)
     else:
-        from fastr1.trainer import run_grpo
+        from fastr1.training.grpo import run_grpo
 
         run_grpo(config)
 
@@ -75,7 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     train = _add(commands, "train", _train, "train with GRPO in this process", "--config configs/grpo.json")
     add_config_arguments(train)
     sft = _add(
-        commands, "sft", _sft, "supervised fine-tuning (cold start) in this process", "--config configs/sft_demo.json"
+        commands,
+        "sft",
+        _sft,
+        "supervised fine-tuning (cold start) in this process",
+        "--config configs/demo_coldstart.json",
     )
     add_config_arguments(sft)
     _add_eval(commands)
@@ -113,10 +118,15 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--data-file", required=True, metavar="FILE", help="annotation file (JSONL)")
     parser.add_argument("--video-root", required=True, metavar="DIR", help="folder the video paths are relative to")
     _add_sampling(parser)
-    parser.add_argument("--batch-size", type=_positive, default=8, help="questions at a time (default: %(default)s)")
+    batch_size = RunConfig().per_device_eval_batch_size
+    parser.add_argument(
+        "--batch-size", type=_positive, default=batch_size, help="questions at a time (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=_positive, help="only the first LIMIT questions")
     parser.add_argument(
-        "--blank-video", action="store_true", help="show blank frames instead: what the text alone gives away"
+        "--control",
+        choices=get_args(Control),
+        help="show something else than the clips: what the model knows without looking at them",
     )
     parser.add_argument("--output", metavar="JSON", help="also write the result, with every completion, to this file")
 
@@ -197,7 +207,7 @@ def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from fastr1.evaluate import evaluate_checkpoint
+    from fastr1.evaluation.multiple_choice import evaluate_checkpoint
 
     result = evaluate_checkpoint(
         model_path=args.model,
@@ -208,7 +218,7 @@ def _eval(args: argparse.Namespace) -> int:
         max_completion_length=args.max_completion_length,
         limit=args.limit,
         instruction=args.instruction,
-        blank_video=args.blank_video,
+        control=args.control,
         device=args.device,
         output=args.output,
     )
@@ -217,7 +227,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from fastr1.chat import chat
+    from fastr1.evaluation.chat import chat
 
     answer = chat(
         args.model,

@@ -1,18 +1,16 @@
-"""The nouns every stage shares. A stage imports these, its own config section and leaf helpers, nothing else.
+"""The nouns that cross a room. A room imports these, its part of the configuration, and rooms before it.
 
 Symbols in shapes: B sequences, P prompt length, T completion length, L total length, D hidden size, V vocabulary,
-G group size (`num_generations`), F frames, S frame side in pixels.
+G group size (`num_generations`), Q visual tokens, F frames, H × W pixels of a frame.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
-
-IMAGE_TOKEN_INDEX = -200  # id that marks the place of the visual tokens in `input_ids`
-IGNORE_INDEX = -100  # label of a position without loss
 
 
 class DataError(ValueError):
@@ -21,19 +19,25 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One multiple-choice question about one video (a row of a GRPO annotation file)."""
+    """One multiple-choice question about one video (a row of a question file)."""
 
     sample_id: str
     problem: str  # question, newline, "Options:" and the lettered options; no placeholder, no instruction
-    solution: str  # "<answer>C</answer>"
+    options: str  # the letters of the options in order, "ABCDE"
+    letter: str  # the right one
     video_path: Path
     origin: str  # "nextqa.jsonl:12", for error messages
     problem_type: str = ""
 
+    @property
+    def solution(self) -> str:
+        """What reward functions are given as the truth: "<answer>C</answer>"."""
+        return f"<answer>{self.letter}</answer>"
+
 
 @dataclass(frozen=True)
 class SftSample:
-    """One supervised conversation turn about one video (an entry of a LLaVA-style annotation file)."""
+    """One supervised conversation turn about one video (an entry of a conversation file)."""
 
     sample_id: str
     question: str  # text of the human turn without the placeholder
@@ -59,7 +63,64 @@ class Rollout:
     """Completions of B prompts, G each, in prompt-major order: row b·G + g is completion g of prompt b."""
 
     completion_ids: torch.Tensor  # (B·G, T) int64, right-padded with the pad id
-    completion_mask: torch.Tensor  # (B·G, T) bool, True up to and including the first end-of-sequence token
+    completion_mask: torch.Tensor  # (B·G, T) bool, True up to and including the first end token
     sampler_logps: torch.Tensor  # (B·G, T) fp32 log-probability under the distribution that was sampled from
-    is_truncated: torch.Tensor  # (B·G,) bool: ran into the length limit without an end-of-sequence token
+    is_truncated: torch.Tensor  # (B·G,) bool: ran into the length limit without an end token
     texts: list[str]  # decoded, special tokens removed, stripped
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of N completions and the columns they were summed from."""
+
+    rewards: list[float]  # (N,) weighted sum
+    parts: dict[str, list[float]]  # name → (N,) unweighted values; some names are reported only (weight 0)
+
+
+S = TypeVar("S", Sample, SftSample)
+
+
+@dataclass
+class Update(Generic[S]):
+    """This rank's share of the samples of one update."""
+
+    step: int  # from 1
+    samples: list[S]  # B
+    indices: list[int]  # B places of the samples in the list of all samples
+    keys: list[int]  # B places in the endless stream of samples, which do not depend on the number of ranks
+    pixels: list[torch.Tensor | None]  # B × (F, 3, H, W); None: undecodable and to be skipped
+
+    @property
+    def is_valid(self) -> torch.Tensor:
+        """(B,) bool on the CPU."""
+        return torch.tensor([pixels is not None for pixels in self.pixels])
+
+
+@dataclass
+class Batch:
+    """What became of this rank's share of a GRPO update: B prompts, G completions each."""
+
+    samples: list[Sample]  # B
+    prompt_ids: list[torch.Tensor]  # B × (L_i,)
+    videos: list[torch.Tensor]  # B × vision features, or pixel values where the tower is trained
+    is_valid: torch.Tensor  # (B,) bool on the CPU; False: the video could not be decoded and is skipped
+    rollout: Rollout  # B·G rows
+    scored: Scored  # B·G rows
+    advantages: torch.Tensor  # (B·G,)
+    loss_mask: torch.Tensor  # (B·G, T) bool
+    ref_logps: torch.Tensor | None = None  # (B·G, T)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what the model said, and how it counts."""
+
+    sample_id: str
+    problem_type: str
+    question: str
+    completion: str
+    solution: str
+    letter: str | None  # None: unparsable, counted as wrong
+    is_correct: bool
+    is_well_formed: bool
+    completion_length: int

@@ -1,7 +1,7 @@
 """Trains from a configuration file, on one process or under a launcher.
 
     deepspeed fastr1/train.py --config configs/grpo.json
-    deepspeed --num_gpus 4 fastr1/train.py --config configs/coldstart_nextqa_16.json --set model.path=/models/base
+    deepspeed --num_gpus 4 fastr1/train.py --config configs/nextqa_coldstart.json --set model.path=/models/base
     python fastr1/train.py --config configs/grpo.json --set run.output_dir=runs/try
 
 The launchers run this file as a script, from a checkout that need not be installed.

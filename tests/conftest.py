@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-
-
-def shared_path(relative: str) -> Path:
-    """A file of the optional conformance data beside the checkout; the calling test skips where it is absent."""
-    path = SHARED / relative
-    if not path.exists():
-        pytest.skip(f"conformance data not present: {relative}")
-    return path
-
+from shared_data import shared_path  # noqa: F401  # for the tests of the kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DEVICES = [

@@ -108,7 +108,7 @@ def test_our_errors_keep_their_traceback_when_debugging(config: Path, monkeypatc
 
 
 def test_other_errors_are_not_dressed_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Recorder(monkeypatch, "fastr1.trainer", "run_grpo", ValueError("from a library"))
+    Recorder(monkeypatch, "fastr1.training.grpo", "run_grpo", ValueError("from a library"))
     with pytest.raises(ValueError, match="from a library"):
         cli.main(["train", "--config", str(config)])
 
@@ -116,14 +116,14 @@ def test_other_errors_are_not_dressed_up(config: Path, monkeypatch: pytest.Monke
 def test_errors_from_inside_a_run_are_reported_too(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Recorder(monkeypatch, "fastr1.trainer", "run_grpo", DataError("t.jsonl:3: no such video"))
+    Recorder(monkeypatch, "fastr1.training.grpo", "run_grpo", DataError("t.jsonl:3: no such video"))
     assert cli.main(["train", "--config", str(config)]) == 2
     assert capsys.readouterr().err == "error: t.jsonl:3: no such video\n"
 
 
 @pytest.mark.parametrize(
     ("command", "task", "module", "function"),
-    [("train", "grpo", "fastr1.trainer", "run_grpo"), ("sft", "sft", "fastr1.sft", "run_sft")],
+    [("train", "grpo", "fastr1.training.grpo", "run_grpo"), ("sft", "sft", "fastr1.training.sft", "run_sft")],
 )
 def test_training_commands_run_their_task_with_the_overrides(
     config: Path, monkeypatch: pytest.MonkeyPatch, command: str, task: str, module: str, function: str
@@ -146,7 +146,7 @@ def test_a_command_refuses_a_config_of_the_other_task(
 def test_eval_passes_its_options_and_prints_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder = Recorder(monkeypatch, "fastr1.evaluate", "evaluate_checkpoint", {"accuracy": 0.5})
+    recorder = Recorder(monkeypatch, "fastr1.evaluation.multiple_choice", "evaluate_checkpoint", {"accuracy": 0.5})
     options = "--model m --data-file d.jsonl --video-root v --num-frames -1 --limit 3 --blank-video --device cpu"
     assert cli.main(["eval", *options.split(), "--instruction", "Be brief."]) == 0
     assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5}
@@ -174,7 +174,7 @@ def test_chat_passes_its_options_and_prints_the_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = type("ChatAnswer", (), {"text": "<think> x </think> <answer> A </answer>"})()
-    recorder = Recorder(monkeypatch, "fastr1.chat", "chat", answer)
+    recorder = Recorder(monkeypatch, "fastr1.evaluation.chat", "chat", answer)
     assert cli.main(["chat", "m", "v.mp4", "Which?\\nOptions:", "--temperature", "0.5"]) == 0
     assert capsys.readouterr().out == answer.text + "\n"
     args, options = recorder.calls[0]
@@ -249,7 +249,7 @@ def test_importing_the_script_as_a_module_leaves_the_path_alone() -> None:
 
 
 def test_launcher_rank_reaches_the_environment_unless_set(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Recorder(monkeypatch, "fastr1.trainer", "run_grpo")
+    Recorder(monkeypatch, "fastr1.training.grpo", "run_grpo")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     train.main(["--local_rank", "3", "--config", str(config)])
     assert os.environ["LOCAL_RANK"] == "3"

@@ -1,11 +1,13 @@
 """Configuration: every setting and default (`fields`), reading and writing JSON (`loading`), refusals (`checks`)."""
 
-from fastr1.config.checks import ConfigError, check_config
+from fastr1.config.checks import ConfigError, check_config, check_deepspeed, check_reward, check_value, without_auto
 from fastr1.config.fields import (
     INSTRUCTION,
+    Control,
     DataConfig,
     GRPOConfig,
     ModelConfig,
+    ModelPart,
     OptimConfig,
     RewardConfig,
     RunConfig,
@@ -16,15 +18,21 @@ from fastr1.config.loading import config_to_dict, load_config, save_config
 __all__ = [
     "INSTRUCTION",
     "ConfigError",
+    "Control",
     "DataConfig",
     "GRPOConfig",
     "ModelConfig",
+    "ModelPart",
     "OptimConfig",
     "RewardConfig",
     "RunConfig",
     "TrainConfig",
     "check_config",
+    "check_deepspeed",
+    "check_reward",
+    "check_value",
     "config_to_dict",
     "load_config",
     "save_config",
+    "without_auto",
 ]

@@ -1,11 +1,16 @@
-"""Range, choice and conflict checks of a configuration, run before any model is built (standard library only)."""
+"""Range, choice and conflict checks of a configuration, run before torch is loaded.
+
+Each rule is stated once: modules that take a setting as an argument ask `check_value`, `check_reward` or
+`check_deepspeed` for the same refusal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, get_args, get_type_hints
 
-from fastr1.config.fields import TrainConfig
+from fastr1.config.fields import ModelPart, RewardConfig, TrainConfig, choices_of
 
 
 class ConfigError(ValueError):
@@ -23,22 +28,6 @@ DEEPSPEED_OWNED_KEYS = {
     "scheduler": "optim.lr_scheduler_type and optim.warmup_ratio",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
-}
-
-_MODULES = ("vision_tower", "connector", "language_model")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("grpo", "sft"),
-    "model.dtype": ("auto", "bfloat16", "float32"),
-    "model.freeze": _MODULES,
-    "data.policy": ("error", "skip"),
-    "data.backend": ("auto", "torchcodec", "pyav"),
-    "reward.mode": ("code", "paper"),
-    "grpo.loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "tinyllava_video_r1"),
-    "grpo.scale_rewards": ("group", "batch", "none"),
-    "grpo.importance_sampling_level": ("token", "sequence"),
-    "optim.lr_scheduler_type": ("cosine", "linear", "constant"),
-    "run.report_to": ("jsonl", "tensorboard"),
 }
 
 _AT_LEAST_ZERO: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or more")
@@ -88,6 +77,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.save_total_limit": _AT_LEAST_ONE,
     "run.eval_steps": (lambda value: value >= 0, "0 or more; 0 never evaluates during training"),
     "run.eval_samples": _AT_LEAST_ONE,
+    "run.per_device_eval_batch_size": _AT_LEAST_ONE,
     "run.resume_from_checkpoint": (lambda value: value != "", 'a checkpoint folder, "last" or null'),
 }
 
@@ -97,19 +87,69 @@ def check_config(config: TrainConfig) -> None:
 
     Raises: ConfigError for the first problem found, with the full key and the value received.
     """
-    for key, choices in _CHOICES.items():
-        value = _get(config, key)
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in choices:
-                raise ConfigError(f"{key} is {item!r}; choose from {', '.join(choices)}")
-        if isinstance(value, tuple) and len(set(value)) != len(value):
-            raise ConfigError(f"{key} names an entry twice: {list(value)}")
-    for key, (is_valid, words) in _LIMITS.items():
-        value = _get(config, key)
-        if value is not None and not is_valid(value):
-            raise ConfigError(f"{key} is {_show(value)}; it must be {words}")
+    for key, value in _settings(config):
+        check_value(key, value)
+    check_reward(config.reward)
     _check_conflicts(config)
-    _check_deepspeed(config)
+    check_deepspeed(config.deepspeed, config.model.dtype)
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuses a value that the setting called `key` ("data.policy") may not have, whatever the other settings.
+
+    Raises: ConfigError naming key, value and what is allowed.
+    """
+    choices = _CHOICES.get(key, ())
+    for item in value if isinstance(value, tuple) else (value,):
+        if choices and item not in choices:
+            raise ConfigError(f"{key} is {item!r}; choose from {', '.join(choices)}")
+    if choices and isinstance(value, tuple) and len(set(value)) != len(value):
+        raise ConfigError(f"{key} names an entry twice: {list(value)}")
+    is_valid, words = _LIMITS.get(key, (None, ""))
+    if value is not None and is_valid is not None and not is_valid(value):
+        raise ConfigError(f"{key} is {_show(value)}; it must be {words}")
+
+
+def check_reward(reward: RewardConfig) -> None:
+    """Refuses rewards that name no function, weigh none, or have constants out of range. Raises: ConfigError."""
+    for field in dataclasses.fields(reward):
+        check_value(f"reward.{field.name}", getattr(reward, field.name))
+    if len(set(reward.functions)) != len(reward.functions):
+        raise ConfigError(f"reward.functions names a function twice: {list(reward.functions)}; use reward.weights")
+    if reward.weights is None:
+        return
+    if len(reward.weights) != len(reward.functions):
+        raise ConfigError(
+            f"reward.weights has {len(reward.weights)} numbers for {len(reward.functions)} reward.functions"
+        )
+    if not any(reward.weights):
+        raise ConfigError(
+            f"reward.weights is {list(reward.weights)}; nothing would be rewarded, make one of them non-zero"
+        )
+
+
+def check_deepspeed(deepspeed: dict[str, Any], dtype: str) -> None:
+    """Refuses what a DeepSpeed configuration must not say; `dtype` is that of the model ("auto" while not known).
+
+    Raises: ConfigError naming the key and what to set instead.
+    """
+    cleaned = without_auto(deepspeed)
+    for key, field in DEEPSPEED_OWNED_KEYS.items():
+        if key in cleaned:
+            raise ConfigError(f"deepspeed.{key} is {cleaned[key]!r}; it is not read, remove it and set {field} instead")
+    zero = cleaned.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f'deepspeed.zero_optimization is {zero!r}; it must be an object such as {{"stage": 1}}')
+    stage = zero.get("stage", 1)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}; choose from 0, 1, 2, 3")
+    if not zero.get("compute_grad_norm", True):
+        raise ConfigError("deepspeed.zero_optimization.compute_grad_norm is false; remove it, the norm is logged")
+    if stage == 0 and dtype == "bfloat16":
+        raise ConfigError(
+            "deepspeed.zero_optimization.stage is 0 with model.dtype 'bfloat16', so gradients would be summed in it; "
+            "choose stage 1 (the same memory on one process) or float32"
+        )
 
 
 def without_auto(config: dict[str, Any]) -> dict[str, Any]:
@@ -122,11 +162,27 @@ def without_auto(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _get(config: TrainConfig, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+def _settings(config: TrainConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting as ("section.name", value), the DeepSpeed object left out."""
+    yield "task", config.task
+    for section in ("model", "data", "reward", "grpo", "optim", "run"):
+        part = getattr(config, section)
+        for field in dataclasses.fields(part):
+            yield f"{section}.{field.name}", getattr(part, field.name)
+
+
+def _all_choices() -> dict[str, tuple[str, ...]]:
+    """Dotted key → allowed values, from the types of the fields."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, hint in get_type_hints(TrainConfig).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{name}.{key}": choices_of(inner) for key, inner in get_type_hints(hint).items()}
+        else:
+            found[name] = choices_of(hint)
+    return found
+
+
+_CHOICES = _all_choices()
 
 
 def _show(value: Any) -> str:
@@ -135,21 +191,13 @@ def _show(value: Any) -> str:
 
 def _check_conflicts(config: TrainConfig) -> None:
     """Settings that are fine alone but would contradict or silently disable each other together."""
-    data, reward, grpo, run = config.data, config.reward, config.grpo, config.run
-    if set(config.model.freeze) == set(_MODULES):
+    data, grpo, run = config.data, config.grpo, config.run
+    if set(config.model.freeze) == set(get_args(ModelPart)):
         raise ConfigError(f"model.freeze is {list(config.model.freeze)}; nothing is left to train, remove one")
     if data.max_frames is not None and data.num_frames != -1:
         raise ConfigError(
             f"data.max_frames is {data.max_frames} but data.num_frames is {data.num_frames}; the cap belongs to "
             "one frame per second: set data.num_frames to -1 or data.max_frames to null"
-        )
-    if reward.weights is not None and len(reward.weights) != len(reward.functions):
-        raise ConfigError(
-            f"reward.weights has {len(reward.weights)} numbers for {len(reward.functions)} reward.functions"
-        )
-    if reward.weights is not None and not any(reward.weights):
-        raise ConfigError(
-            f"reward.weights is {list(reward.weights)}; nothing would be rewarded, make one of them non-zero"
         )
     upper = "epsilon" if grpo.epsilon_high is None else "epsilon_high"
     if grpo.delta is not None and grpo.delta <= 1 + getattr(grpo, upper):
@@ -175,23 +223,3 @@ def _refuse_clipping_options(config: TrainConfig) -> None:
                 f"grpo.{name} is {value!r} but grpo.loss_type 'tinyllava_video_r1' does not clip; remove it or choose "
                 "the loss type grpo"
             )
-
-
-def _check_deepspeed(config: TrainConfig) -> None:
-    deepspeed = without_auto(config.deepspeed)
-    for key, field in DEEPSPEED_OWNED_KEYS.items():
-        if key in deepspeed:
-            raise ConfigError(
-                f"deepspeed.{key} is {deepspeed[key]!r}; it is not read, remove it and set {field} instead"
-            )
-    zero = deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ConfigError(f'deepspeed.zero_optimization is {zero!r}; it must be an object such as {{"stage": 1}}')
-    stage = zero.get("stage", 1)
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"deepspeed.zero_optimization.stage is {stage!r}; choose from 0, 1, 2, 3")
-    if stage == 0 and config.model.dtype == "bfloat16":
-        raise ConfigError(
-            "deepspeed.zero_optimization.stage is 0 with model.dtype 'bfloat16', so gradients would be summed in it; "
-            "choose stage 1 (the same memory on one process) or float32"
-        )

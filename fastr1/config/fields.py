@@ -1,21 +1,35 @@
 """Configuration: frozen dataclasses that read like the JSON file they come from.
 
-Names are TRL's `GRPOConfig` names wherever the concept exists. Every default lives here and nowhere else.
+Names are TRL's `GRPOConfig` names wherever the concept exists. A field with a fixed set of values has them in its type,
+and other modules read them from there (`choices_of`). Defaults are stated here; other modules read `DataConfig.policy`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 INSTRUCTION = "Output the thinking process in <think> </think> and final answer (option) in <answer> </answer> tags."
+
+Task = Literal["grpo", "sft"]
+ModelPart = Literal["vision_tower", "connector", "language_model"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+Policy = Literal["error", "skip"]
+Backend = Literal["auto", "torchcodec", "pyav"]
+RewardMode = Literal["code", "paper"]
+Scaling = Literal["group", "batch", "none"]
+Level = Literal["token", "sequence"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Schedule = Literal["cosine", "linear", "constant"]
+Report = Literal["jsonl", "tensorboard"]
+Control = Literal["blank_video", "repeated_frame", "shuffled_frames"]  # shown in the place of a clip
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = ""  # flat Hugging Face-style checkpoint directory
-    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU) | bfloat16 | float32
-    freeze: tuple[str, ...] = ("vision_tower",)  # any of vision_tower, connector, language_model
+    path: str = ""  # model folder in the Hugging Face layout
+    dtype: Dtype = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    freeze: tuple[ModelPart, ...] = ("vision_tower",)
     gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
 
@@ -29,9 +43,9 @@ class DataConfig:
     num_frames: int = 16  # -1: one frame per second
     max_frames: int | None = None  # cap of the one-per-second rule
     instruction: str = INSTRUCTION
-    policy: str = "error"  # a bad row or video: error | skip
+    policy: Policy = "error"  # what a bad row or video does
     max_bad_fraction: float = 0.05  # with skip: more bad rows than this share of the file stop the run
-    backend: str = "auto"  # auto | torchcodec | pyav
+    backend: Backend = "auto"  # auto: torchcodec where it can be loaded
     num_decode_threads: int = 2
 
 
@@ -39,7 +53,7 @@ class DataConfig:
 class RewardConfig:
     functions: tuple[str, ...] = ("tinyllava_video_r1",)  # built-in names or "module:function"
     weights: tuple[float, ...] | None = None  # None: 1.0 each
-    mode: str = "code"  # constants and rules of "tinyllava_video_r1": code | paper
+    mode: RewardMode = "code"  # rules of "tinyllava_video_r1": of the released code or of the paper
     base: float = 0.5  # r0, reward of the bare format
     length_bonus: float = 0.5  # r1
     correct: float = 1.0  # r2
@@ -54,13 +68,17 @@ class GRPOConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0: the full vocabulary; 50 reproduces the original's hidden default
     top_p: float = 1.0
-    loss_type: str = "tinyllava_video_r1"
+    loss_type: str = "tinyllava_video_r1"  # a row of `fastr1_kernels.LOSSES`
     beta: float = 0.01
     epsilon: float = 0.2
     epsilon_high: float | None = None
-    delta: float | None = None
-    scale_rewards: str = "group"  # group | batch | none
-    importance_sampling_level: str = "token"  # token | sequence
+    delta: float | None = None  # upper bound of the ratio where the advantage is negative
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    scale_rewards: Scaling = "group"
+    importance_sampling_level: Level = "token"  # sequence: GSPO
     advantage_eps: float = 1e-4
     advantage_noise_std: float = 0.0  # the original adds N(0, 0.02²) to every advantage
     leave_one_out: bool = False
@@ -70,7 +88,7 @@ class GRPOConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     learning_rate: float = 1e-6
-    lr_scheduler_type: str = "cosine"  # cosine | linear | constant
+    lr_scheduler_type: Schedule = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -92,15 +110,16 @@ class RunConfig:
     save_total_limit: int = 2
     eval_steps: int = 0  # 0: no evaluation during training
     eval_samples: int | None = None  # evaluate on the first n held-out questions only
+    per_device_eval_batch_size: int = 16  # questions answered at a time
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "last"
-    report_to: tuple[str, ...] = ("jsonl", "tensorboard")
+    report_to: tuple[Report, ...] = ("jsonl", "tensorboard")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a GRPO or SFT run needs."""
 
-    task: str = "grpo"  # grpo | sft
+    task: Task = "grpo"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -108,3 +127,10 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """The values that a field of this type may have: those of a `Literal`, also inside a tuple; () for other types."""
+    if hint is not None and getattr(hint, "__origin__", None) is Literal:
+        return get_args(hint)
+    return next((found for item in get_args(hint) if (found := choices_of(item))), ())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fastr1.config.checks import ConfigError, check_config
-from fastr1.config.fields import TrainConfig
+from fastr1.config.fields import TrainConfig, choices_of
 
 _WORDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number", dict: "an object"}
 
@@ -173,10 +173,10 @@ def _convert(value: Any, hint: Any, dotted: str, origin: str) -> Any:
     if get_origin(hint) is tuple:
         item_hint = get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
-            example = '["a", "b"]' if item_hint is str else "[1, 2]"
+            example = "[1, 2]" if item_hint is float else '["a", "b"]'
             raise ConfigError(f"{origin}: {dotted} must be a list such as {example}, got {_describe(value)}")
         return tuple(_convert(item, item_hint, f"{dotted}[{i}]", origin) for i, item in enumerate(value))
-    wanted = get_origin(hint) or hint
+    wanted: Any = str if choices_of(hint) else get_origin(hint) or hint
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

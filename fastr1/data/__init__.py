@@ -1,1 +1,1 @@
-"""Annotation readers, prompt templates, the tokenizer and the resumable prompt sampler. Nothing here opens a video."""
+"""Annotation files → samples, the policy for bad rows, and the order of samples. Nothing here opens a video."""

@@ -1,16 +1,14 @@
-"""One row of an annotation file → one sample, or the reason why not. Used by `records` only."""
+"""The fields of one row of an annotation file, or the reason why it cannot be used. For the readers beside it."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastr1.data.questions import PLACEHOLDER, option_letters
-from fastr1.schema import Sample, SftSample
+from fastr1.schema import DataError
 
-_SOLUTION = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
+PLACEHOLDER = "<image>"  # literal that marks the place of the visual tokens in a text
 
 
 class RowError(ValueError):
@@ -58,56 +56,14 @@ class VideoFiles:
         return None
 
 
-def parse_grpo_row(row: Any, origin: str, videos: VideoFiles) -> Sample:
-    row = _object(row)
-    sample_id = _identifier(row, "problem_id")
-    problem = _without_placeholder(_text(row, "problem"), "problem")
-    letters = option_letters(problem)
-    if len(letters) < 2:
-        raise RowError(
-            f"the problem offers {len(letters)} options: {_quote(problem)}",
-            "list at least two lines 'A. …', 'B. …' below a line 'Options:'",
-        )
-    if letters != "".join(chr(ord("A") + i) for i in range(len(letters))):
-        raise RowError(f"the options are lettered {letters!r}", "letter them A, B, C, … in order, each once")
-    solution = _text(row, "solution")
-    match = _SOLUTION.fullmatch(solution.strip())
-    if match is None or match[1] not in letters:
-        raise RowError(
-            f"solution {_quote(solution)} is not one of the options {letters}", "write it as '<answer>A</answer>'"
-        )
-    data_type = row.get("data_type", "video")
-    if data_type != "video":
-        raise RowError(f"data_type is {data_type!r}", "only 'video' rows can be used; remove the row")
-    return Sample(
-        sample_id=sample_id,
-        problem=problem,
-        solution=f"<answer>{match[1]}</answer>",  # without the line breaks that the reward functions would trip over
-        video_path=videos.resolve(_text(row, "video_filename")),
-        origin=origin,
-        problem_type=_problem_type(row),
-    )
-
-
-def parse_sft_row(row: Any, origin: str, videos: VideoFiles) -> SftSample:
-    row = _object(row)
-    sample_id = _identifier(row, "id")
-    turns = row.get("conversations")
-    if not isinstance(turns, list):
-        raise RowError(f"field 'conversations' is {_describe(turns)}", "give a list of a human and a gpt turn")
-    speakers = [turn.get("from") if isinstance(turn, dict) else turn for turn in turns]
-    if speakers != ["human", "gpt"]:
-        raise RowError(
-            f"the turns are from {_quote(speakers)}", "give exactly one 'human' turn followed by one 'gpt' turn"
-        )
-    question = _without_placeholder(_text(turns[0], "value"), "human turn").strip()
-    return SftSample(
-        sample_id=sample_id,
-        question=question,
-        answer=_text(turns[1], "value"),
-        video_path=videos.resolve(_text(row, "video")),
-        origin=origin,
-    )
+def checked_paths(path: str | Path, video_root: str | Path, check_files: bool) -> tuple[Path, Path]:
+    """Both as paths, after a look whether they are there."""
+    path, root = Path(path), Path(video_root)
+    if not path.is_file():
+        raise DataError(f"annotation file {path} does not exist; correct data.train_file or data.eval_file")
+    if check_files and not root.is_dir():
+        raise DataError(f"video root {root} is not a folder; correct data.video_root")
+    return path, root
 
 
 def decode_json(line: bytes) -> Any:
@@ -117,18 +73,18 @@ def decode_json(line: bytes) -> Any:
         raise RowError(f"not valid JSON ({error})", "write one JSON object per line") from error
 
 
-def _object(row: Any) -> dict[str, Any]:
+def json_object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise RowError(f"the row is {_describe(row)}", "write one JSON object per sample")
+        raise RowError(f"the row is {describe(row)}", "write one JSON object per sample")
     return row
 
 
-def _text(row: dict[str, Any], name: str) -> str:
+def text_field(row: dict[str, Any], name: str) -> str:
     if name not in row:
         raise RowError(f"field {name!r} is missing", "add it")
     value = row[name]
     if not isinstance(value, str):
-        raise RowError(f"field {name!r} is {_describe(value)}", "make it a string")
+        raise RowError(f"field {name!r} is {describe(value)}", "make it a string")
     if not value.strip():
         raise RowError(f"field {name!r} is empty", "fill it in")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -136,22 +92,14 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _identifier(row: dict[str, Any], name: str) -> str:
+def identifier(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _text(row, name)
+    return text_field(row, name)
 
 
-def _problem_type(row: dict[str, Any]) -> str:
-    value = row.get("problem_type", "")
-    kinds = [value] if isinstance(value, str) else value
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise RowError(f"field 'problem_type' is {_describe(value)}", "make it a string or a list of strings")
-    return ",".join(kinds)
-
-
-def _without_placeholder(text: str, what: str) -> str:
+def without_placeholder(text: str, what: str) -> str:
     """`text` without one `<image>` at either end; the rest, whitespace included, is left as it is."""
     bare = text.strip()
     if PLACEHOLDER not in bare:
@@ -159,7 +107,7 @@ def _without_placeholder(text: str, what: str) -> str:
     at_an_end = bare.startswith(PLACEHOLDER) or bare.endswith(PLACEHOLDER)
     if not at_an_end or bare.count(PLACEHOLDER) > 1:
         raise RowError(
-            f"the {what} holds {PLACEHOLDER} inside its text: {_quote(text)}",
+            f"the {what} holds {PLACEHOLDER} inside its text: {quote(text)}",
             f"remove it: there is one video per sample and the prompt template writes {PLACEHOLDER} itself",
         )
     if bare == PLACEHOLDER:
@@ -167,10 +115,10 @@ def _without_placeholder(text: str, what: str) -> str:
     return text.replace(PLACEHOLDER, "")
 
 
-def _describe(value: Any) -> str:
-    return "missing" if value is None else f"{type(value).__name__} {_quote(value)}"
+def describe(value: Any) -> str:
+    return "missing" if value is None else f"{type(value).__name__} {quote(value)}"
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

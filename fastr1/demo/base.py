@@ -15,11 +15,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from fastr1 import models
 from fastr1.config import INSTRUCTION
-from fastr1.data.prompts import SYSTEM, build_caption_text, build_prompt
 from fastr1.demo.scenes import COLOURS, COUNTS, DIRECTIONS, KINDS, ask, describe, sample_scene, worked_answer
-from fastr1.models import TinyLlavaVideo, parse_config
-from fastr1.schema import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from fastr1.models.tinyllava.prompts import SYSTEM, build_caption_text, build_prompt
 
 IMAGE_SIZE = 48
 TAGS = ("note", "box", "text", "say", "pick", "plan", "mark", "look", "see", "list", "work", "sum")
@@ -62,7 +61,7 @@ def _corpus(rng: np.random.Generator) -> Iterator[str]:
     yield from (SYSTEM, *(f" <{tag}> </{tag}>" * 100 for tag in TAGS), " ".join([*COLOURS, *COUNTS, *DIRECTIONS]))
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> TinyLlavaVideo:
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> models.VideoLanguageModel:
     """The randomly initialised model, 3.5 million parameters."""
     eos = tokenizer.eos_token_id
     vocab_size = math.ceil(len(tokenizer) / 64) * 64
@@ -77,8 +76,6 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> TinyLlavaVideo
         "hidden_size": 192,
         "vision_hidden_size": 128,
         "vocab_size": vocab_size,
-        "ignore_index": IGNORE_INDEX,
-        "image_token_index": IMAGE_TOKEN_INDEX,
         "image_aspect_ratio": "square",
         "llm_model_name_or_path": "qwen2-demo",
         "vision_model_name_or_path": "siglip-demo",
@@ -117,4 +114,4 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> TinyLlavaVideo
         },
     }
     torch.manual_seed(seed)
-    return TinyLlavaVideo(parse_config(raw, where="the demo model"))
+    return models.build_model(raw)

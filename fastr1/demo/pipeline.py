@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastr1.config import load_config
+from fastr1.config import Control, load_config
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
-from fastr1.evaluate import evaluate_checkpoint
+from fastr1.evaluation.multiple_choice import evaluate_checkpoint
 from fastr1.reporting.curves import write_report
 from fastr1.reporting.run_log import METRICS_FILE, read_rows
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COLD_START_CONFIG = REPOSITORY / "configs" / "sft_demo.json"
+COLD_START_CONFIG = REPOSITORY / "configs" / "demo_coldstart.json"
 GRPO_CONFIG = REPOSITORY / "configs" / "grpo.json"
 
 
@@ -69,12 +69,12 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
     ]
     timed("grpo", launch, GRPO_CONFIG, grpo)
     after = timed("evaluate_after", _evaluate, root, root / "grpo" / "final")
-    blind = timed("evaluate_blind", _evaluate, root, root / "grpo" / "final", blank_video=True)
+    blank = timed("evaluate_blank_video", _evaluate, root, root / "grpo" / "final", control="blank_video")
 
     summary = {
         "accuracy_before": before["accuracy"],
         "accuracy_after": after["accuracy"],
-        "accuracy_blind": blind["accuracy"],
+        "accuracy_blank_video": blank["accuracy"],
         "chance": 1 / len(LETTERS),
         "format_rate_before": before["format_rate"],
         "format_rate_after": after["format_rate"],
@@ -85,7 +85,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
         "after": after,
         "seconds": seconds,
         "title": "GRPO on the demo clips",
-        "accuracy": {"cold start": before["accuracy"], "blind": blind["accuracy"]},
+        "accuracy": {"cold start": before["accuracy"], "blank video": blank["accuracy"]},
     }
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (root / "grpo" / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -113,17 +113,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _evaluate(root: Path, model: Path, *, blank_video: bool = False) -> dict[str, float]:
+def _evaluate(root: Path, model: Path, *, control: Control | None = None) -> dict[str, float]:
     config = load_config(GRPO_CONFIG)
-    name = f"{model.parent.name}{'_blind' if blank_video else ''}.json"
+    name = f"{model.parent.name}{f'_{control}' if control else ''}.json"
     return evaluate_checkpoint(
         model_path=model,
         data_file=root / "data" / "test.jsonl",
         video_root=root / "data",
         num_frames=config.data.num_frames,
-        batch_size=32,
+        batch_size=config.run.per_device_eval_batch_size,
         max_completion_length=config.grpo.max_completion_length,
-        blank_video=blank_video,
+        control=control,
         output=root / "evaluation" / name,
     )
 
@@ -136,7 +136,7 @@ def format_table(summary: dict[str, Any]) -> str:
     for name in names:
         scale, unit = (1, " tokens") if name == "completion_length" else (100, " %")
         lines.append(f"{name:<28}{before[name] * scale:>10.1f}{unit[:2]}{after[name] * scale:>10.1f}{unit[:2]}")
-    lines.append(f"{'accuracy, blank video':<28}{'':>12}{summary['accuracy_blind'] * 100:>10.1f} %")
+    lines.append(f"{'accuracy, blank video':<28}{'':>12}{summary['accuracy_blank_video'] * 100:>10.1f} %")
     lines.append(f"{'chance':<28}{'':>12}{summary['chance'] * 100:>10.1f} %")
     spent = ", ".join(f"{phase} {value:.0f}" for phase, value in summary["seconds"].items())
     lines.append(f"{summary['steps']} updates; seconds: {spent} (total {sum(summary['seconds'].values()):.0f})")

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastr1.config import INSTRUCTION
-from fastr1.data.prompts import SYSTEM, build_caption_text, build_prompt, tokenize_with_image
 from fastr1.demo.base import IMAGE_SIZE, TAGS, build_model, build_tokenizer
 from fastr1.demo.scenes import (
     COLOURS,
@@ -47,14 +46,16 @@ from fastr1.demo.scenes import (
     sample_scene,
     worked_answer,
 )
-from fastr1.models import TinyLlavaVideo, save_model
-from fastr1.schema import IGNORE_INDEX
+from fastr1.models import VideoLanguageModel
+from fastr1.models.tinyllava.prompts import SYSTEM, build_caption_text, build_prompt, tokenize_with_image
+from fastr1.models.tinyllava.tokenizer import save_tokenizer
 from fastr1.video import preprocess_frames
 
 TASKS = {"caption": 0.2, "sentence": 0.65, "lookup": 0.15}
 ANSWER_TASKS = {"sentence": 0.35, "answer": 0.35, "options": 0.2, "markup": 0.1}
 SHOWN_COLOURS = (*COLOURS, FLASH)
 NUM_CELLS = GRID * GRID
+IGNORE_INDEX = -100  # label of a position without loss
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class ScenePool:
             scene = sample_scene(rng, KINDS[i % len(KINDS)])
             frames = torch.from_numpy(render(scene, NUM_MOMENTS, rng)).permute(0, 3, 1, 2)
             self.scenes.append(scene)
-            self.frames[i] = ((preprocess_frames(frames, image_size=IMAGE_SIZE) + 1) * 127.5).round().to(torch.uint8)
+            self.frames[i] = (
+                ((preprocess_frames(frames, height=IMAGE_SIZE, width=IMAGE_SIZE) + 1) * 127.5).round().to(torch.uint8)
+            )
 
     def pixels(self, index: int | torch.Tensor) -> torch.Tensor:
         """Pixel values in [−1, 1], (8, 3, S, S) or (n, 8, 3, S, S)."""
@@ -101,21 +104,24 @@ def pretrain(
     train_lookup(model, tokenizer, rng, text_steps)
     train_together(model, tokenizer, pool, rng, joint_steps, TASKS)
     train_together(model, tokenizer, pool, rng, answer_steps, ANSWER_TASKS)
-    save_model(model, output, tokenizer=tokenizer, dtype=torch.bfloat16)
+    output.mkdir(parents=True, exist_ok=True)
+    model.save(output, dtype=torch.bfloat16)
+    save_tokenizer(tokenizer, output)
 
 
-def train_vision(model: TinyLlavaVideo, pool: ScenePool, rng: np.random.Generator, steps: int) -> None:
+def train_vision(model: VideoLanguageModel, pool: ScenePool, rng: np.random.Generator, steps: int) -> None:
     """Stage 1. Frames are shuffled over clips: frames of one clip are too alike to learn from."""
     frames = pool.frames.flatten(0, 1)
     targets = torch.cat([_cells(scene) for scene in pool.scenes])
-    per_frame = model.config.num_queries // NUM_MOMENTS * model.config.text.hidden_size
+    (tokens,) = model.visual_tokens([pool.pixels(0)])
+    per_frame = tokens.numel() // NUM_MOMENTS
     head = nn.Linear(per_frame, len(SHOWN_COLOURS) * (NUM_CELLS + 1))
 
     def compute() -> torch.Tensor:
         chosen = torch.from_numpy(rng.integers(0, len(frames), 32 * NUM_MOMENTS))
         pixels = frames[chosen].float() / 127.5 - 1
         pixels = pixels + 0.03 * torch.randn_like(pixels)
-        tokens = model.connect(model.encode_frames(pixels).unflatten(0, (-1, NUM_MOMENTS)))
+        tokens = torch.stack([*model.visual_tokens(model.encode(pixels).split(NUM_MOMENTS))])
         logits = head(tokens.reshape(-1, per_frame)).reshape(-1, NUM_CELLS + 1).float()
         target = targets[chosen].reshape(-1)
         loss = F.cross_entropy(logits, target, reduction="none")
@@ -138,7 +144,7 @@ def _cells(scene: Scene) -> torch.Tensor:
 
 
 def train_lookup(
-    model: TinyLlavaVideo, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, steps: int
+    model: VideoLanguageModel, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, steps: int
 ) -> None:
     """Stage 2. The letter directly follows the word: with a word between them the look-up was not learned."""
     words = [list(COLOURS), list(DIRECTIONS), list(COUNTS)]
@@ -157,7 +163,7 @@ def train_lookup(
 
 
 def train_together(
-    model: TinyLlavaVideo,
+    model: VideoLanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     pool: ScenePool,
     rng: np.random.Generator,
@@ -251,13 +257,13 @@ def _example(prompt: str, answer: str, scene: int | None, tokenizer: PreTrainedT
     return Example(prompt_ids + answer_ids, [IGNORE_INDEX] * len(prompt_ids) + answer_ids, scene)
 
 
-def compute_loss(model: TinyLlavaVideo, examples: list[Example], pool: ScenePool | None) -> torch.Tensor:
+def compute_loss(model: VideoLanguageModel, examples: list[Example], pool: ScenePool | None) -> torch.Tensor:
     """Cross-entropy where every sample weighs the square root of its number of answer tokens."""
     videos: dict[int, torch.Tensor] = {}
     if pool is not None:
         shown = sorted({example.scene for example in examples if example.scene is not None})
         pixels = pool.pixels(torch.tensor(shown))
-        tokens = model.connect(model.encode_frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
+        tokens = model.visual_tokens(model.encode(pixels.flatten(0, 1)).split(pixels.shape[1]))
         videos = dict(zip(shown, tokens, strict=True))
     rows = [_embed(model, example, videos) for example in examples]
     rows.sort(key=lambda row: len(row[1]))  # alike lengths together: less padding
@@ -266,9 +272,9 @@ def compute_loss(model: TinyLlavaVideo, examples: list[Example], pool: ScenePool
         embeds = nn.utils.rnn.pad_sequence([embeds for embeds, _ in half], batch_first=True)
         labels = [labels for _, labels in half]
         targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
-        hidden = model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
+        hidden = model.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
         chosen = targets != IGNORE_INDEX
-        logits = model.language_model.lm_head(hidden[chosen])
+        logits = model.project(hidden[chosen])
         losses.append(F.cross_entropy(logits.float(), targets[chosen], reduction="none"))
         counts.append(chosen.sum(1))
     count = torch.cat(counts)
@@ -277,13 +283,13 @@ def compute_loss(model: TinyLlavaVideo, examples: list[Example], pool: ScenePool
 
 
 def _embed(
-    model: TinyLlavaVideo, example: Example, videos: dict[int, torch.Tensor]
+    model: VideoLanguageModel, example: Example, videos: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (L, D) and labels (L,) of one sample, visual tokens included."""
     ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
     if example.scene is None:
-        return model.language_model.model.embed_tokens(ids), labels
-    embeds = model.build_inputs_embeds(ids, videos[example.scene])
+        return model.decoder.embed_tokens(ids), labels
+    embeds = model.embed_prompt(ids, videos[example.scene])
     return embeds, F.pad(labels, (embeds.shape[0] - len(ids), 0), value=IGNORE_INDEX)
 
 

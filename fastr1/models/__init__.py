@@ -1,14 +1,26 @@
-"""Video language models: the TinyLLaVA-Video architecture, and reading and writing its checkpoints."""
+"""Video language models: what a family offers (`family`), and a folder for each."""
 
-from fastr1.models.loading import ModelFileError, load_model, parse_config, save_model
-from fastr1.models.tinyllava import MODULES, TinyLlavaConfig, TinyLlavaVideo
+from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.models.family import (
+    DecoderLayout,
+    ModelFileError,
+    Processor,
+    VideoLanguageModel,
+    build_model,
+    load_model,
+    load_processor,
+    save_model,
+)
 
 __all__ = [
-    "MODULES",
+    "DecoderLayout",
     "ModelFileError",
-    "TinyLlavaConfig",
-    "TinyLlavaVideo",
+    "Processor",
+    "VideoLanguageModel",
+    "build_model",
     "load_model",
-    "parse_config",
+    "load_processor",
+    "resolve_device",
+    "resolve_dtype",
     "save_model",
 ]

@@ -1,7 +1,7 @@
-"""The run folder: metrics.jsonl, rollouts.jsonl, TensorBoard events, a progress line; phase timing and peak memory.
+"""The run folder: metrics.jsonl, rollouts.jsonl, TensorBoard events, a progress line.
 
 metrics.jsonl holds one object per call of `RunLogger.log`: "step" (updates done) and named numbers. A number that is
-not finite is written as null, because JSON has no NaN. Names that `report.py` draws: reward, rewards/<part>,
+not finite is written as null, because JSON has no NaN. Names that `curves.py` draws: reward, rewards/<part>,
 completion_length, kl, eval/accuracy.
 """
 
@@ -10,21 +10,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
+
+from fastr1.config import check_value
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 TENSORBOARD_DIR = "tensorboard"
-REPORTS = ("jsonl", "tensorboard")
 
 
 class RunLogError(ValueError):
@@ -44,7 +42,7 @@ class RunLogger:
         progress: the stream of the progress bar; where it is not a terminal, a plain line is printed about twenty
             times per run instead.
 
-    Raises: RunLogError for an unknown report, or when a file to continue holds something else than rows of a run.
+    Raises: ConfigError for an unknown report; RunLogError when a file to continue holds something else than rows.
     """
 
     def __init__(
@@ -57,9 +55,7 @@ class RunLogger:
         start_step: int = 0,
         progress: TextIO | None = None,
     ) -> None:
-        for name in report_to:
-            if name not in REPORTS:
-                raise RunLogError(f"report_to names {name!r}; choose from {', '.join(REPORTS)}")
+        check_value("run.report_to", tuple(report_to))
         self._files: dict[str, TextIO] = {}
         self._tensorboard: Any = None
         self._progress: _Progress | None = None
@@ -135,54 +131,6 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             raise RunLogError(f'{source}:{number} is not an object with an integer "step"; repair or remove the line')
         rows.append(row)
     return rows
-
-
-class PhaseTimer:
-    """Seconds spent in each named phase of a step, e.g. vision, rollout, reward, reference, train, optimizer.
-
-    On a CUDA device the queue is drained at both ends of a phase, so that a phase is charged for its own kernels.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        self._seconds: dict[str, float] = {}
-        self._is_open = False
-        self._step_start = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`. Phases do not nest: seconds would count twice."""
-        assert not self._is_open, f"phase {name!r} was opened inside another phase"
-        self._is_open = True
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._is_open = False
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
-
-    def pop_seconds(self) -> dict[str, float]:
-        """`time/<phase>_seconds` of every phase since the last call, and `time/step_seconds`, all time since then."""
-        now = self._now()
-        result = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
-        result["time/step_seconds"] = now - self._step_start
-        self._seconds = {}
-        self._step_start = now
-        return result
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-def peak_memory_bytes(device: torch.device | str) -> int:
-    """Peak memory so far: torch's allocations on a CUDA device (since its last reset), the process's RSS on a CPU."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS reports bytes, Linux KiB
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

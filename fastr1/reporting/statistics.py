@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from fastr1.engine import Engine
-from fastr1.rewards import Scored
-from fastr1.schema import Rollout, Sample
+from fastr1.schema import Batch
+
+Metrics = dict[str, float]
+
+
+class Ranks(Protocol):
+    """The processes of a run, as far as adding up goes."""
+
+    def sum_across_ranks(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
 
 
 class TokenSums:
@@ -24,30 +32,26 @@ class TokenSums:
             pair = torch.stack([total.detach().double(), count.detach().double()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def means(self, engine: Engine) -> dict[str, float]:
-        """name → total / count, 0 without any count. All ranks call it."""
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """name → total / max(count, 1): a sum added with count 0 is itself. All ranks call it."""
         names = sorted(self._sums)
-        totals = engine.sum_across_ranks(torch.stack([self._sums[name] for name in names])).tolist()
+        totals = ranks.sum_across_ranks(torch.stack([self._sums[name] for name in names])).tolist()
         return {name: total / max(count, 1.0) for name, (total, count) in zip(names, totals, strict=True)}
 
 
-def summarise_rollout(
-    engine: Engine, rollout: Rollout, scored: Scored, advantages: torch.Tensor, is_valid: torch.Tensor
-) -> dict[str, float]:
-    """Rewards, their spread within groups, and lengths, over the valid completions of all ranks. All ranks call it.
-
-    Shapes: advantages (B·G,); is_valid (B,) bool on the CPU.
-    """
-    num_generations = len(rollout.texts) // len(is_valid)
-    valid = is_valid.repeat_interleave(num_generations)
+def summarise_rollout(ranks: Ranks, batch: Batch) -> Metrics:
+    """Rewards, their spread within groups, and lengths, over the valid completions of all ranks. All ranks call it."""
+    rollout, scored = batch.rollout, batch.scored
+    num_generations = len(rollout.texts) // len(batch.is_valid)
+    valid = batch.is_valid.repeat_interleave(num_generations)
     columns = {
         "reward": torch.tensor(scored.rewards),
         **{f"rewards/{name}": torch.tensor(values) for name, values in scored.parts.items()},
         "completion_length": rollout.completion_mask.sum(dim=1).cpu().float(),
         "completion_clipped_ratio": rollout.is_truncated.cpu().float(),
-        "advantage_abs": advantages.cpu().abs(),
+        "advantage_abs": batch.advantages.cpu().abs(),
     }
-    gathered = engine.gather_objects({name: values[valid] for name, values in columns.items()})
+    gathered = ranks.gather_objects({name: values[valid] for name, values in columns.items()})
     merged = {name: torch.cat([part[name] for part in gathered]) for name in columns}
     groups = merged["reward"].reshape(-1, num_generations)
     return {
@@ -59,14 +63,18 @@ def summarise_rollout(
     }
 
 
-def rollout_rows(
-    samples: Sequence[Sample], rollout: Rollout, scored: Scored, advantages: torch.Tensor, is_valid: torch.Tensor
-) -> list[dict[str, Any]]:
+def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
     """One JSON object per completion of this rank; "valid" is false where the video could not be decoded."""
-    num_generations = len(rollout.texts) // len(samples)
+    rollout, scored = batch.rollout, batch.scored
+    num_generations = len(rollout.texts) // len(batch.samples)
+    advantages, is_truncated, is_valid = (
+        batch.advantages.tolist(),
+        rollout.is_truncated.tolist(),
+        batch.is_valid.tolist(),
+    )
     rows = []
     for i, text in enumerate(rollout.texts):
-        sample = samples[i // num_generations]
+        sample = batch.samples[i // num_generations]
         rows.append(
             {
                 "sample_id": sample.sample_id,
@@ -76,9 +84,15 @@ def rollout_rows(
                 "completion": text,
                 "reward": scored.rewards[i],
                 "rewards": {name: values[i] for name, values in scored.parts.items()},
-                "advantage": advantages[i].item(),
-                "is_truncated": bool(rollout.is_truncated[i]),
-                "valid": bool(is_valid[i // num_generations]),
+                "advantage": advantages[i],
+                "is_truncated": is_truncated[i],
+                "valid": is_valid[i // num_generations],
             }
         )
     return rows
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The mean of every metric over the rows that have it."""
+    names = {name: None for row in rows for name in row}
+    return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}

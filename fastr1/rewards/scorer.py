@@ -18,26 +18,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastr1.config import RewardConfig
-from fastr1.data.questions import option_letters
-from fastr1.rewards import functions
-from fastr1.schema import Sample
+from fastr1.config import RewardConfig, check_reward
+from fastr1.rewards.multiple_choice_accuracy import multiple_choice_accuracy
+from fastr1.rewards.think_format import think_format
+from fastr1.rewards.tinyllava_video_r1 import accuracy_reward, format_reward, tinyllava_video_r1
+from fastr1.schema import Sample, Scored
 
 RewardFunction = Callable[[list[str], list[str], list[Sample]], Sequence[float]]
-
-_MODES = ("code", "paper")
 
 
 class RewardError(ValueError):
     """A reward is configured wrongly, or a reward function failed or returned something else than finite numbers."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Rewards of N completions and the columns they were summed from."""
-
-    rewards: list[float]  # (N,) weighted sum
-    parts: dict[str, list[float]]  # name → (N,) unweighted values; some names are reported only (weight 0)
 
 
 @dataclass(frozen=True)
@@ -77,47 +68,34 @@ def build_scorer(config: RewardConfig) -> Scorer:
     The built-in "tinyllava_video_r1" also reports its parts as the columns accuracy_reward and format_reward.
 
     Raises:
-        RewardError: unknown name (with the closest known one), failed import, wrong signature, weights or constants.
+        RewardError: unknown name (with the closest known one), failed import, wrong signature.
+        ConfigError: weights or constants out of range.
     """
-    _check_constants(config)
+    check_reward(config)
     weights = config.weights if config.weights is not None else (1.0,) * len(config.functions)
-    if not config.functions:
-        raise RewardError("reward.functions is empty; name at least one, for example 'tinyllava_video_r1'")
-    if len(set(config.functions)) != len(config.functions):
-        raise RewardError(f"reward.functions names a function twice: {list(config.functions)}; use weights instead")
-    if len(weights) != len(config.functions):
-        raise RewardError(f"reward.weights has {len(weights)} numbers for {len(config.functions)} functions")
     built_in = _built_in_functions(config)
     terms = []
     for name, weight in zip(config.functions, weights, strict=True):
-        if not _is_finite_number(weight):
-            raise RewardError(f"the weight of {name!r} in reward.weights is {weight!r}; use a finite number")
         if name == "tinyllava_video_r1":
-            terms.append(_Term("accuracy_reward", _each(functions.accuracy_reward), 0.0))
-            terms.append(_Term("format_reward", _each(lambda text, _: functions.format_reward(text, config)), 0.0))
-        terms.append(_Term(name, _resolve(name, built_in), float(weight)))
+            terms.append(_Term("accuracy_reward", _each(lambda text, s: accuracy_reward(text, s.solution)), 0.0))
+            terms.append(_Term("format_reward", _each(lambda text, _: format_reward(text, config)), 0.0))
+        terms.append(_Term(name, _resolve(name, built_in), weight))
     return Scorer(terms)
 
 
 def _built_in_functions(config: RewardConfig) -> dict[str, RewardFunction]:
-    def choice(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
-        return [
-            functions.multiple_choice_accuracy(text, solution, option_letters(sample.problem))
-            for text, solution, sample in zip(completions, solutions, samples, strict=True)
-        ]
-
     return {
-        "tinyllava_video_r1": _each(lambda text, solution: functions.tinyllava_video_r1(text, solution, config)),
-        "multiple_choice_accuracy": choice,
-        "think_format": _each(lambda text, _: functions.think_format(text)),
+        "tinyllava_video_r1": _each(lambda text, s: tinyllava_video_r1(text, s.solution, config)),
+        "multiple_choice_accuracy": _each(lambda text, s: multiple_choice_accuracy(text, s.letter, s.options)),
+        "think_format": _each(lambda text, _: think_format(text)),
     }
 
 
-def _each(function: Callable[[str, str], float]) -> RewardFunction:
-    """A reward function from a rule for one completion and its solution."""
+def _each(function: Callable[[str, Sample], float]) -> RewardFunction:
+    """A reward function from a rule for one completion and its sample."""
 
     def score(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
-        return [function(text, solution) for text, solution in zip(completions, solutions, strict=True)]
+        return [function(text, sample) for text, sample in zip(completions, samples, strict=True)]
 
     return score
 
@@ -182,16 +160,6 @@ def _find_failing_row(term: _Term, completions: list[str], samples: list[Sample]
         except Exception:  # the caller raises the original error with its traceback
             return text, sample
     return completions[0], samples[0]
-
-
-def _check_constants(config: RewardConfig) -> None:
-    if config.mode not in _MODES:
-        raise RewardError(f"reward.mode is {config.mode!r}{_suggest(config.mode, list(_MODES))}; choose code or paper")
-    for name in ("base", "length_bonus", "correct", "bad_format"):
-        if not _is_finite_number(getattr(config, name)):
-            raise RewardError(f"reward.{name} is {getattr(config, name)!r}; use a finite number")
-    if config.max_think_chars < 1:
-        raise RewardError(f"reward.max_think_chars is {config.max_think_chars}; use at least 1 character")
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -1,18 +1,18 @@
 """Videos to pixels: which frames, decoding, resizing for the vision tower, loading ahead."""
 
-from fastr1.video.decoders import backend_in_use, describe_backend, load_clip
+from fastr1.video.decoders import describe_backend, load_clip
 from fastr1.video.errors import BackendError, VideoError
 from fastr1.video.frame_rule import one_fps_indices, select_indices, uniform_indices
-from fastr1.video.loader import ClipPrefetcher
+from fastr1.video.loader import ClipPrefetcher, load_pixels
 from fastr1.video.pixels import preprocess_frames
 
 __all__ = [
     "BackendError",
     "ClipPrefetcher",
     "VideoError",
-    "backend_in_use",
     "describe_backend",
     "load_clip",
+    "load_pixels",
     "one_fps_indices",
     "preprocess_frames",
     "select_indices",

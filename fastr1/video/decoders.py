@@ -14,13 +14,13 @@ from types import ModuleType
 
 import torch
 
+from fastr1.config import DataConfig, check_value
 from fastr1.schema import Clip
 from fastr1.video import pyav_backend, torchcodec_backend
 from fastr1.video.errors import REPLACE_FILE, BackendError, VideoError
 from fastr1.video.frame_rule import select_indices
 from fastr1.video.torchcodec_backend import TorchcodecUnavailableError
 
-BACKENDS = ("auto", "torchcodec", "pyav")
 TORCHCODEC_REMEDY = (
     "Install torchcodec and FFmpeg 4 to 8, or run `python scripts/link_ffmpeg.py` (no root needed), "
     'or set data.backend to "pyav".'
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 def load_clip(
     path: str | Path,
     *,
-    num_frames: int = 16,
-    max_frames: int | None = None,
+    num_frames: int = DataConfig.num_frames,
+    max_frames: int | None = DataConfig.max_frames,
     device: str | torch.device = "cpu",
-    backend: str = "auto",
+    backend: str = DataConfig.backend,
     num_ffmpeg_threads: int = 1,
 ) -> Clip:
     """Decode `num_frames` evenly spaced frames of one video, first and last included, onto `device`.
@@ -59,12 +59,7 @@ def load_clip(
     return decoder.decode(path, choose, device=torch.device(device), num_ffmpeg_threads=num_ffmpeg_threads)
 
 
-def backend_in_use(backend: str = "auto") -> str:
-    """The decoder that this setting of `backend` comes to here: "torchcodec" or "pyav"."""
-    return "pyav" if _backend_module(backend) is pyav_backend else "torchcodec"
-
-
-def describe_backend(backend: str = "auto") -> str:
+def describe_backend(backend: str = DataConfig.backend) -> str:
     """One line about that decoder, its version and, where "auto" had to do without torchcodec, why."""
     module = _backend_module(backend)
     if backend == "auto" and module is pyav_backend:
@@ -74,8 +69,7 @@ def describe_backend(backend: str = "auto") -> str:
 
 @functools.cache  # so that the reason for doing without torchcodec is logged once
 def _backend_module(backend: str) -> ModuleType:
-    if backend not in BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_value("data.backend", backend)
     if backend == "pyav":
         return pyav_backend
     reason = _why_no_torchcodec()

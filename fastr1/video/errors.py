@@ -10,7 +10,7 @@ REPLACE_FILE = 'Replace the file, remove its rows, or set data.policy to "skip".
 
 
 class BackendError(ValueError):
-    """The decoder that was asked for is unknown or cannot be loaded; no fault of any video."""
+    """The decoder that was asked for cannot be loaded; no fault of any video."""
 
 
 class VideoError(DataError):

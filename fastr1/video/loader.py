@@ -1,38 +1,55 @@
-"""Load the next items in background threads while the current one is used."""
+"""A video as the vision tower takes it, and the next ones loaded in background threads meanwhile."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
+
+import torch
+
+from fastr1.config import DataConfig
+from fastr1.video.decoders import load_clip
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+def load_pixels(
+    path: Path,
+    data: DataConfig,
+    preprocess_frames: Callable[[torch.Tensor], torch.Tensor],  # of the model's family
+    device: torch.device,
+) -> torch.Tensor:
+    """The frames of a video as the vision tower takes them, on `device`. Thread-safe.
+
+    Raises: VideoError where it cannot be decoded.
+    """
+    clip = load_clip(path, num_frames=data.num_frames, max_frames=data.max_frames, device=device, backend=data.backend)
+    return preprocess_frames(clip.frames)
+
+
 class ClipPrefetcher(Generic[T, R]):
-    """Iterates over `load(item)` for every item, in order, with up to `depth` items loaded ahead.
+    """Iterates over (item, `load(item)`) for every item, in order, with up to `depth` items loaded ahead.
 
     Results and their order do not depend on `num_threads`. What `load` raises is raised again when its item is due;
     iteration can go on with the item after it. `items` is read in the calling thread, at most `depth` ahead.
     Threads, not processes: decoding releases the GIL, and a CUDA decoder does not survive a fork.
     Use as a context manager: leaving it cancels what has not begun and waits for what has.
-
-    Attributes: wait_seconds: time the caller has spent waiting for results so far.
     """
 
     def __init__(self, load: Callable[[T], R], items: Iterable[T], *, num_threads: int, depth: int) -> None:
         if num_threads < 1 or depth < 1:
             raise ValueError(f"num_threads and depth must be at least 1, got {num_threads} and {depth}")
-        self.wait_seconds = 0.0
         self._load = load
         self._items = iter(items)
         self._depth = depth
-        self._pending: deque[Future[R]] = deque()
+        self._pending: deque[tuple[T, Future[R]]] = deque()
         self._exhausted = False
+        self._items_error: Exception | None = None  # raised by `items`, due after the items before it
         self._aborted = False  # closed before the last item was given out
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-prefetch")
 
@@ -46,22 +63,22 @@ class ClipPrefetcher(Generic[T, R]):
     def __iter__(self) -> ClipPrefetcher[T, R]:
         return self
 
-    def __next__(self) -> R:
+    def __next__(self) -> tuple[T, R]:
         if self._aborted:
             raise RuntimeError("the prefetcher is closed: read it inside its `with` block")
         self._fill()
+        if not self._pending and self._items_error is not None:
+            error, self._items_error = self._items_error, None
+            raise error
         if not self._pending:
             self.close()
             raise StopIteration
-        future = self._pending.popleft()
+        item, future = self._pending.popleft()
         self._fill()
-        start = time.perf_counter()
         try:
-            return future.result()
+            return item, future.result()
         except StopIteration as error:  # passed on, it would end the caller's loop as if all items were done
             raise RuntimeError("load() raised StopIteration") from error
-        finally:
-            self.wait_seconds += time.perf_counter() - start
 
     def close(self) -> None:
         """Cancel what has not begun, wait for what has, end the threads. May be called twice."""
@@ -75,10 +92,7 @@ class ClipPrefetcher(Generic[T, R]):
                 item = next(self._items)
             except StopIteration:
                 self._exhausted = True
-            except Exception as error:  # not silenced: it is raised after the items that came before it
-                self._exhausted = True
-                failed: Future[R] = Future()
-                failed.set_exception(error)
-                self._pending.append(failed)
+            except Exception as error:
+                self._exhausted, self._items_error = True, error
             else:
-                self._pending.append(self._pool.submit(self._load, item))
+                self._pending.append((item, self._pool.submit(self._load, item)))

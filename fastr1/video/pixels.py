@@ -1,6 +1,6 @@
 """Frames to the vision tower's input: Pillow-equal bicubic resize on the frames' own device, scale, normalise.
 
-The vision tower was trained on frames resized by Pillow: bicubic with antialiasing, straight to a square, one axis
+Vision towers are trained on frames resized by Pillow: bicubic with antialiasing, straight to their size, one axis
 after the other in fixed-point arithmetic, each pass rounded to 8 bits. The same is done here with torch integers.
 """
 
@@ -19,7 +19,8 @@ WEIGHT_BITS = 22  # fixed-point filter weights, as Pillow holds them
 def preprocess_frames(
     frames: torch.Tensor,  # (F, 3, H, W) uint8 RGB
     *,
-    image_size: int,
+    height: int,
+    width: int,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
     skip_rescale_quirk: bool = True,
@@ -28,18 +29,18 @@ def preprocess_frames(
     """(resize(frames) · 1/255 - mean) / std, as `dtype` on the frames' device.
 
     Args:
-        image_size: side S of the square result in pixels; the aspect ratio is not kept.
+        height, width: of the result in pixels; the aspect ratio is not kept.
         skip_rescale_quirk: leave out the 1/255 for a frame whose maximum is at most 1, as the original does because it
             takes such a frame for an already scaled one. Matters for (nearly) black frames only.
-    Returns: (F, 3, S, S).
+    Returns: (F, 3, height, width).
     Raises: ValueError for frames of another shape or dtype, or a size below 1.
     Numerics: the resize equals that of Pillow 13 bit for bit and is the same on every device; the rest is float32.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(f"frames must be (F, 3, H, W) uint8, got {tuple(frames.shape)} {frames.dtype}")
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
-    pixels = _resize(frames, image_size)
+    if min(height, width) < 1:
+        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    pixels = _resize(frames, height, width)
     scale = torch.full((len(frames), 1, 1, 1), RESCALE, device=frames.device)
     if skip_rescale_quirk:
         # On the device, without waiting for it: the maximum of the frame as it was before the resize.
@@ -51,16 +52,17 @@ def preprocess_frames(
 
 def _resize(
     frames: torch.Tensor,  # (F, 3, H, W) uint8
-    side: int,
-) -> torch.Tensor:  # (F, 3, side, side) uint8
+    height: int,
+    width: int,
+) -> torch.Tensor:  # (F, 3, height, width) uint8
     """One axis after the other, each rounded to 8 bits; an axis that has the right length is left alone."""
-    height, width = frames.shape[2:]
+    num_lines, num_columns = frames.shape[2:]
     # Pillow 13 begins with the height where that shrinks by more than twice as many lines as the width; older versions
     # always begin with the width. The order shows in the rounding, by 1/255 in smooth pictures.
-    height_first = height > side and height - side > 2 * (width - side)
-    for dim in (2, 3) if height_first else (3, 2):
-        if frames.shape[dim] != side:
-            frames = _resize_axis(frames, dim, side)
+    height_first = num_lines > height and num_lines - height > 2 * (num_columns - width)
+    for dim, size in ((2, height), (3, width)) if height_first else ((3, width), (2, height)):
+        if frames.shape[dim] != size:
+            frames = _resize_axis(frames, dim, size)
     return frames
 
 

@@ -1,0 +1,1 @@
+"""Asking a trained model: multiple-choice accuracy, and one question by hand."""

@@ -1,0 +1,329 @@
+"""What a family of video language models offers, and the one way to it.
+
+A family is a folder beside this file with a row in `FAMILIES`. Its module offers the three functions of `Family`; what
+they return is a `Processor` (text and frames, no weights) and a `VideoLanguageModel` (the network). Everything else of
+fastr1 knows these two classes and nothing of the families.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, get_args
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from fastr1.config import ModelPart
+from fastr1.models.devices import resolve_device, resolve_dtype
+
+# "model_type" of a model folder's config.json → the module of its family
+FAMILIES = {"tinyllava": "fastr1.models.tinyllava"}
+
+
+class ModelFileError(ValueError):
+    """A model folder cannot be read. The message names the file, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """The shape of the text decoder: what rollout, attention and arithmetic about speed need to know of it."""
+
+    num_layers: int
+    hidden_size: int  # D
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # V
+    is_head_tied: bool  # the head is the embedding
+
+
+class Processor(ABC):
+    """Text and frames as the models of a family take them.
+
+    Attributes:
+        tokenizer: of the checkpoint.
+        end_token_ids: a completion ends with any of them.
+        pad_token_id: what fills shorter completions; never looked at.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    @abstractmethod
+    def prompt_ids(self, question: str, *, instruction: str = "", origin: str = "question") -> torch.Tensor:
+        """The prompt of one question about one video, the place of the video in it: (L,) int64 on the CPU.
+
+        Raises: DataError where it does not fit into the model beside the video; nothing is cut off.
+        """
+
+    @abstractmethod
+    def conversation_ids(self, question: str, answer: str, *, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt and what is to be said, an end token included unless cut: (L,) and (T,) int64 on the CPU.
+
+        Raises: DataError where the two cannot be told apart, or nothing of the answer fits into the model.
+        """
+
+    @abstractmethod
+    def preprocess_frames(
+        self,
+        frames: torch.Tensor,  # (F, 3, height, width) uint8 RGB
+    ) -> torch.Tensor:  # (F, 3, H, W) float32, on the device of the frames
+        """Decoded frames as the vision tower takes them. Thread-safe."""
+
+    @abstractmethod
+    def blank_pixels(self, num_frames: int) -> torch.Tensor:
+        """Frames of one value, mid grey, in the place of a video: (F, 3, H, W) float32 on the CPU."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write the files that `load_processor` reads into an existing folder."""
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The text of a completion: special tokens removed, stripped."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+class VideoLanguageModel(nn.Module, ABC):
+    """Vision tower → connector → decoder with a head. Symbols: B prompts, G completions each, see `schema`.
+
+    A family provides three submodules and the abstract methods; prefixes shared by the completions of a prompt, padding
+    and caching are the same for all of them and live here.
+    """
+
+    vision_tower: nn.Module
+    connector: nn.Module
+    language_model: nn.Module
+
+    @property
+    @abstractmethod
+    def layout(self) -> DecoderLayout:
+        """The shape of the decoder."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Any:
+        """The decoder without its head, called as a model of transformers; offers `embed_tokens` and `layers`."""
+
+    @abstractmethod
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits from hidden states: (..., D) → (..., V)."""
+
+    @abstractmethod
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision tower: the frames of one video (F, 3, H, W) → its features, of a shape of the family's own."""
+
+    @abstractmethod
+    def visual_tokens(self, videos: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """(Q, D) per video, each given as pixels (F, 3, H, W) or as features from `encode`."""
+
+    @abstractmethod
+    def embed_prompt(
+        self,
+        prompt_ids: torch.Tensor,  # (L,)
+        visual_tokens: torch.Tensor,  # (Q, D)
+    ) -> torch.Tensor:
+        """Embeddings of one prompt with the visual tokens in their place: (P, D)."""
+
+    @abstractmethod
+    def save(self, path: Path, *, state_dict: dict[str, torch.Tensor] | None = None, dtype: Any = None) -> None:
+        """Write configuration and weights into an existing folder.
+
+        `state_dict` replaces the model's own (one consolidated over ranks); `dtype` converts floating tensors.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is."""
+        return cast(torch.device, self.decoder.embed_tokens.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding."""
+        return cast(torch.dtype, self.decoder.embed_tokens.weight.dtype)
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Stop the gradients of whole parts, any of `config.ModelPart`."""
+        for name in parts:
+            if name not in get_args(ModelPart):
+                raise ValueError(f"freeze: unknown part {name!r}; choose from {', '.join(get_args(ModelPart))}")
+            getattr(self, name).requires_grad_(False)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute decoder layers in the backward pass; the prompt is then forwarded once per completion."""
+        self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Positions that count real tokens only, from 0: (B, L) int64."""
+        return (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+
+    def embed_prompts(
+        self,
+        prompt_ids: Sequence[torch.Tensor],  # B × (L_i,)
+        visual_tokens: Sequence[torch.Tensor],  # B × (Q, D)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded prompt embeddings (B, P, D) and their attention mask (B, P) int64."""
+        rows = [self.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
+        longest = max(row.shape[0] for row in rows)
+        embeds = torch.stack([F.pad(row, (0, 0, longest - row.shape[0], 0)) for row in rows])
+        lengths = torch.tensor([row.shape[0] for row in rows], device=embeds.device)
+        mask = torch.arange(longest, device=embeds.device)[None] >= (longest - lengths)[:, None]
+        return embeds, mask.long()
+
+    def prefill(
+        self,
+        embeds: torch.Tensor,  # (B, P, D), left-padded
+        attention_mask: torch.Tensor,  # (B, P)
+        num_generations: int = 1,
+    ) -> tuple[DynamicCache, torch.Tensor]:
+        """Forward each prompt once; returns its keys and values repeated for G completions and the last hidden state
+        (B·G, 1, D). Gradients flow back through both."""
+        cache = DynamicCache(config=self.decoder.config)
+        out = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=self.positions(attention_mask),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(num_generations)
+        return cache, out.last_hidden_state[:, -1:].repeat_interleave(num_generations, dim=0)
+
+    def extend(
+        self,
+        token_ids: torch.Tensor,  # (R, t) int64, the next tokens of every row
+        attention_mask: torch.Tensor,  # (R, L) of everything up to and including them
+        cache: DynamicCache,  # of L − t tokens; grows by t
+    ) -> torch.Tensor:
+        """Hidden states (R, t, D) of tokens behind a cache."""
+        num_new = token_ids.shape[1]
+        hidden: torch.Tensor = self.decoder(
+            inputs_embeds=self.decoder.embed_tokens(token_ids),
+            attention_mask=attention_mask,
+            position_ids=self.positions(attention_mask)[:, -num_new:],
+            past_key_values=cache,
+        ).last_hidden_state
+        return hidden
+
+    def forward(
+        self,
+        prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64
+        videos: Sequence[torch.Tensor],  # B × features of `encode`, or pixels where the tower is trained
+        completion_ids: torch.Tensor,  # (B·G, T) int64, right-padded
+        completion_mask: torch.Tensor,  # (B·G, T) bool
+        share_prefix: bool = True,
+    ) -> torch.Tensor:
+        """Logits that predict each completion token: (B·G, T, V).
+
+        With `share_prefix` each prompt, video included, is forwarded and back-propagated once for its G completions;
+        without, once per completion. Both give the same values and gradients.
+        """
+        num_generations = completion_ids.shape[0] // len(prompt_ids)
+        embeds, mask = self.embed_prompts(prompt_ids, self.visual_tokens(videos))
+        full_mask = torch.cat([mask.repeat_interleave(num_generations, dim=0), completion_mask.long()], dim=1)[:, :-1]
+        if share_prefix:
+            cache, hidden = self.prefill(embeds, mask, num_generations)
+            if completion_ids.shape[1] > 1:
+                hidden = torch.cat([hidden, self.extend(completion_ids[:, :-1], full_mask, cache)], dim=1)
+        else:
+            tail = self.decoder.embed_tokens(completion_ids)[:, :-1]
+            rows = torch.cat([embeds.repeat_interleave(num_generations, dim=0), tail], dim=1)
+            positions = self.positions(full_mask)
+            out = self.decoder(inputs_embeds=rows, attention_mask=full_mask, position_ids=positions, use_cache=False)
+            hidden = out.last_hidden_state[:, embeds.shape[1] - 1 :]
+        return self.project(hidden)
+
+
+class Family(Protocol):
+    """The module of a family."""
+
+    def load_processor(self, path: Path) -> Processor:
+        """The processor of a model folder."""
+
+    def load_model(
+        self, path: Path, *, dtype: torch.dtype, device: torch.device, attn_implementation: str
+    ) -> VideoLanguageModel:
+        """The model of a model folder in evaluation mode. Raises ModelFileError where a file is not as it must."""
+
+    def build_model(self, config: dict[str, Any]) -> VideoLanguageModel:
+        """A model with random weights from what a model folder's config.json holds."""
+
+
+def load_processor(path: str | Path) -> Processor:
+    """The processor of a model folder, whatever its family. Raises ModelFileError, DataError."""
+    return _family_of(read_config(path), Path(path)).load_processor(Path(path))
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
+    attn_implementation: str = "sdpa",
+) -> VideoLanguageModel:
+    """The model of a model folder, whatever its family, in evaluation mode.
+
+    Args:
+        dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+        device: None is this process's GPU where there is one, else the CPU.
+
+    Raises: ModelFileError when a file is missing or unreadable, or does not hold what config.json says.
+    """
+    where = resolve_device() if device is None else torch.device(device)
+    number = resolve_dtype(dtype, where) if isinstance(dtype, str) else dtype
+    family = _family_of(read_config(path), Path(path))
+    return family.load_model(Path(path), dtype=number, device=where, attn_implementation=attn_implementation)
+
+
+def build_model(config: dict[str, Any]) -> VideoLanguageModel:
+    """A model with random weights from what a model folder's config.json holds."""
+    return _family_of(config, Path("the given configuration")).build_model(config)
+
+
+def save_model(
+    path: str | Path,
+    model: VideoLanguageModel,
+    processor: Processor,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a folder that `load_model` and `load_processor` read; arguments as in `VideoLanguageModel.save`."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder, state_dict=state_dict, dtype=dtype)
+    processor.save(folder)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelFileError."""
+    return read_json(Path(path) / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. Raises ModelFileError."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelFileError(f"{file}: not found; point model.path at a model folder") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ModelFileError(f"{file}: not valid JSON ({error}); copy the file again") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{file}: holds a {type(content).__name__}, expected a JSON object; copy the file again")
+    return content
+
+
+def _family_of(config: dict[str, Any], where: Path) -> Family:
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise ModelFileError(f"{where}: model_type is {name!r}; known are {', '.join(map(repr, FAMILIES))}")
+    return cast(Family, importlib.import_module(FAMILIES[name]))

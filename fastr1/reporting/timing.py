@@ -1,0 +1,59 @@
+"""Seconds per phase of a step, and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseTimer:
+    """Seconds spent in each named phase of a step, e.g. vision, rollout, reward, reference, train, optimizer.
+
+    On a CUDA device the queue is drained at both ends of a phase, so that a phase is charged for its own kernels.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._seconds: dict[str, float] = {}
+        self._is_open = False
+        self._step_start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`. Phases do not nest: seconds would count twice."""
+        assert not self._is_open, f"phase {name!r} was opened inside another phase"
+        self._is_open = True
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._is_open = False
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+
+    def pop_seconds(self) -> dict[str, float]:
+        """`time/<phase>_seconds` of every phase since the last call, and `time/step_seconds`, all time since then."""
+        now = self._now()
+        result = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
+        result["time/step_seconds"] = now - self._step_start
+        self._seconds = {}
+        self._step_start = now
+        return result
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Peak memory so far: torch's allocations on a CUDA device (since its last reset), the process's RSS on a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS reports bytes, Linux KiB

@@ -1,0 +1,98 @@
+"""Sample completions from the trainer's own model: prompts prefilled once, all completions decoded together.
+
+A draw is argmax(logits/temperature + Gumbel noise), and the noise is a hash of (seed, prompt key, completion index,
+position, token). So a completion does not depend on the other prompts in the batch, their order, or the number of
+ranks. Numerics: logits in fp32, noise in fp64 (2⁻⁵² steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from fastr1.models import Processor, VideoLanguageModel
+from fastr1.rollout.noise import completion_keys, gumbel_noise
+from fastr1.schema import Rollout
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. `temperature=0` is greedy; `top_k=0` and `top_p=1` keep the whole vocabulary."""
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@torch.no_grad()
+def sample_completions(
+    model: VideoLanguageModel,
+    processor: Processor,
+    prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64 on the device of the model
+    videos: Sequence[torch.Tensor],  # B × features of `model.encode`, or pixels (F, 3, H, W)
+    params: SamplingParams,
+    *,
+    num_generations: int = 1,
+    seed: int = 0,
+    prompt_keys: Sequence[int] | None = None,  # B ids that make draws independent of batching; default 0…B−1
+) -> Rollout:
+    """G completions for each prompt, rows in prompt-major order.
+
+    Returns `sampler_logps` under the distribution that was sampled from (after temperature, top-k and top-p; the plain
+    softmax when greedy). A completion ends with any of the processor's end tokens.
+    """
+    embeds, prompt_mask = model.embed_prompts(prompt_ids, model.visual_tokens(videos))
+    cache, hidden = model.prefill(embeds, prompt_mask, num_generations)
+    mask = prompt_mask.repeat_interleave(num_generations, dim=0)
+    row_keys = completion_keys(seed, range(len(prompt_ids)) if prompt_keys is None else prompt_keys, num_generations)
+    row_keys = row_keys.to(embeds.device)
+    warpers = _build_warpers(params)
+    end_ids = torch.tensor(processor.end_token_ids, device=embeds.device)
+    finished = torch.zeros(mask.shape[0], dtype=torch.bool, device=embeds.device)
+    ids, masks, logps = [], [], []
+    for step in range(params.max_completion_length):
+        token, logp = _draw(model.project(hidden)[:, -1].float(), params, warpers, row_keys, step)
+        ids.append(torch.where(finished, processor.pad_token_id, token))
+        masks.append(~finished)
+        logps.append(torch.where(finished, 0.0, logp))
+        finished = finished | torch.isin(token, end_ids)
+        if step + 1 == params.max_completion_length or bool(finished.all()):
+            break
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+        hidden = model.extend(ids[-1][:, None], mask, cache)
+    completion_ids = torch.stack(ids, dim=1)
+    completion_mask = torch.stack(masks, dim=1)
+    texts = [processor.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), completion_mask.cpu(), strict=True)]
+    return Rollout(completion_ids, completion_mask, torch.stack(logps, dim=1), ~finished, texts)
+
+
+def _build_warpers(params: SamplingParams) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    return warpers
+
+
+def _draw(
+    logits: torch.Tensor,  # (R, V) fp32
+    params: SamplingParams,
+    warpers: LogitsProcessorList,
+    row_keys: torch.Tensor,  # (R,)
+    position: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (R,) and their log-probabilities (R,) under the sampled distribution."""
+    if params.temperature == 0:
+        token = logits.argmax(dim=-1)
+    else:
+        no_ids: Any = None  # neither warper looks at the tokens before
+        scaled: Any = logits / params.temperature
+        logits = warpers(no_ids, scaled)
+        token = (logits + gumbel_noise(row_keys, position, logits.shape[-1])).argmax(dim=-1)
+    return token, logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]

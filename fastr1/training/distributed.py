@@ -1,0 +1,312 @@
+"""DeepSpeed behind a handful of verbs: forward, backward, step, gather, save, load, close.
+
+The only module that imports deepspeed. Works under the `deepspeed` launcher, under torchrun, inside an already
+initialised process group, and in a plain `python` process (world size 1), on CUDA (NCCL) and on CPU (gloo).
+
+What it adds to DeepSpeed:
+- any number of micro-steps per update; gradients are summed over micro-steps and ranks, never averaged;
+- the global gradient norm before clipping under every ZeRO stage, and an error instead of a silently skipped update;
+- fp32 gradient accumulation and reduction in bfloat16 runs, unless the DeepSpeed configuration says otherwise.
+
+Refuses bfloat16 with ZeRO stage 0 (no fp32 gradient accumulation there) and DeepSpeed keys that it sets itself.
+Rules for callers under ZeRO stages 2 and 3, which communicate inside backward: every rank takes the same number of
+micro-steps per update, and in each of them the same trainable modules take part on every rank. Stages 0 and 1 only need
+at least one micro-step per rank and update.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from transformers.optimization import get_scheduler
+
+from fastr1.config import OptimConfig, check_deepspeed, check_value, without_auto
+
+# Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+
+
+class DistributedError(ValueError):
+    """The engine cannot do what was asked. The message names the value received and the remedy."""
+
+
+class NonFiniteGradientError(DistributedError):
+    """The gradient norm is infinite or not a number. The update was not applied: parameters are still sound."""
+
+
+class DistributedModel:
+    """A model, its AdamW optimizer and its learning-rate schedule, owned by DeepSpeed.
+
+    Args:
+        model: moved to this rank's device and, with bfloat16, cast to it in place. Parameters with
+            `requires_grad=False` are left alone. Every trainable parameter gets the same weight decay.
+        optim: AdamW, schedule and clipping; `max_grad_norm=0` switches clipping off.
+        deepspeed_config: a DeepSpeed configuration; entries equal to "auto" are dropped. Default: ZeRO stage 1.
+        dtype: torch.float32, or torch.bfloat16 with fp32 master weights (ZeRO stages 1 to 3).
+        num_updates: optimizer steps of the whole run, the length of the schedule.
+
+    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself).
+    Raises: DistributedError on a configuration it cannot honour.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        deepspeed_config: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        num_updates: int,
+    ) -> None:
+        config = build_deepspeed_config(deepspeed_config, optim, dtype)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise DistributedError("the model has no trainable parameter; freeze fewer parts (model.freeze)")
+        self.optim = optim
+        self.dtype = dtype
+        self.zero_stage: int = config["zero_optimization"]["stage"]
+        self._owns_process_group = init_process_group()
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = _local_device()
+        self.module = model
+        self._trainable = trainable
+        self._num_micro_steps = 0
+        self._gather_depth = 0
+        self._stage_0_norm = math.nan
+
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=optim.learning_rate,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            eps=optim.adam_epsilon,
+            weight_decay=optim.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        if self.zero_stage == 0:
+            # Runs between DeepSpeed's all-reduce and the update; DeepSpeed itself reports no norm at stage 0.
+            optimizer.register_step_pre_hook(self._clip_at_stage_0)
+        self._scheduler = _build_scheduler(optimizer, optim, num_updates)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=self._scheduler, config=config
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. The loss must depend on tensors returned here (directly or in tuples, lists, dicts)."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one micro-step's loss, a scalar that already carries the global denominator."""
+        # DeepSpeed averages over ranks; the factor turns the mean back into the sum.
+        self._engine.backward(loss * self.world_size)
+        self._num_micro_steps += 1
+
+    def step(self) -> float:
+        """Clip, update parameters and learning rate, clear gradients. Returns the global norm before clipping.
+
+        Raises: DistributedError without a preceding `backward`; NonFiniteGradientError, with no update applied.
+        """
+        if self._num_micro_steps == 0:
+            raise DistributedError("step() was called after 0 micro-steps; call backward(loss) first")
+        self._num_micro_steps = 0
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() if self.zero_stage > 0 else self._stage_0_norm)
+        self._require_finite(norm)
+        return norm
+
+    def _clip_at_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        limit = self.optim.max_grad_norm or math.inf
+        gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+        self._stage_0_norm = nn.utils.get_total_norm(gradients).item()
+        self._require_finite(self._stage_0_norm)
+        nn.utils.clip_grads_with_norm_(self._trainable, limit, torch.tensor(self._stage_0_norm))
+
+    def _require_finite(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise NonFiniteGradientError(
+                f"the gradient norm is {norm} and the update was not applied; resume from the last checkpoint "
+                "with a lower optim.learning_rate, or look for a non-finite reward or log-probability in this batch"
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate that the next `step` will use."""
+        return float(self._scheduler.get_last_lr()[0])
+
+    @contextmanager
+    def gathered_parameters(self) -> Iterator[nn.Module]:
+        """Full parameters on every rank, read-only, for rollout and export. Costs nothing below ZeRO stage 3.
+
+        Yields the module, whose forward may be called any number of times. Contexts may be nested. All ranks enter.
+        """
+        if self.zero_stage < 3 or self._gather_depth > 0:
+            self._gather_depth += 1
+            try:
+                yield self.module
+            finally:
+                self._gather_depth -= 1
+            return
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            # DeepSpeed's per-module hooks would partition each parameter again after its first use.
+            offload = self._engine.optimizer.parameter_offload
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            self._gather_depth += 1
+            try:
+                yield self.module
+            finally:
+                self._gather_depth -= 1
+                offload.setup_zero_stage3_hooks()
+
+    def consolidated_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The whole model on the CPU in its own dtype and key layout: a dict on rank 0, None elsewhere.
+
+        Tied parameters share one tensor. Gathers one parameter at a time under ZeRO stage 3. All ranks call it.
+        """
+        seen: dict[int, str] = {}
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            first_name = seen.setdefault(id(tensor), name)
+            if first_name != name:
+                if self.rank == 0:
+                    state[name] = state[first_name]
+                continue
+            with deepspeed.zero.GatheredParameters([tensor], enabled=self._gather_depth == 0):
+                if self.rank == 0:
+                    state[name] = tensor.detach().to("cpu", copy=True)
+        return state if self.rank == 0 else None
+
+    def sum_across_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, as a new tensor on the device of the argument. No gradient."""
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One picklable object per rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write model, optimizer and schedule to `directory/tag`. All ranks call it. See `checkpoint.py`."""
+        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Restore what `save` wrote, into an engine that has not trained yet. All ranks call it."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise DistributedError(f"DeepSpeed found no checkpoint in {directory / tag}")
+
+    def close(self) -> None:
+        """Wait for the other ranks, release DeepSpeed, and destroy the process group if this engine created it."""
+        dist.barrier()
+        self._engine.destroy()
+        if self._owns_process_group:
+            # Without this, gloo's threads abort some processes at interpreter exit.
+            deepspeed.comm.destroy_process_group()
+
+
+def launched_world_size() -> int:
+    """Number of processes of this run, known before any engine exists."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    """Whether a launcher set both variables; one alone is a leftover of something else."""
+    return bool(os.environ.get("RANK")) and bool(os.environ.get("WORLD_SIZE"))
+
+
+def init_process_group() -> bool:
+    """Make torch and DeepSpeed agree on a process group; True if this call created it.
+
+    Uses the running group if there is one, else the launcher's environment variables, else a group of one process.
+    """
+    _quieten_deepspeed()
+    created = not dist.is_initialized()
+    backend = get_accelerator().communication_backend_name()
+    if created and _is_launched():
+        device = _local_device()
+        bind = device if device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1 else None
+        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind)
+    elif created:
+        # An in-memory store needs no port, so single-process runs never collide.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PROCESS_GROUP_TIMEOUT)
+    # DeepSpeed insists on this variable, which only launchers set.
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return created
+
+
+def _quieten_deepspeed() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch renamed collectives that DeepSpeed calls by their old names, once per bucket and step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    if get_accelerator().device_name() == "cpu":
+        # A C++ all-reduce for inference, never used in training. Building it takes most of a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _local_device() -> torch.device:
+    if get_accelerator().device_name() != "cuda":
+        return torch.device(get_accelerator().device_name())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's entries plus those that follow from `optim` and `dtype`.
+
+    Raises: DistributedError for a dtype that cannot be trained in; ConfigError for what `check_deepspeed` refuses.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise DistributedError(f"dtype {dtype} is not supported; use torch.bfloat16 or torch.float32")
+    check_deepspeed(user, str(dtype).removeprefix("torch."))
+    config = without_auto(user)
+    zero = {"stage": 1, **config.get("zero_optimization", {})}
+    return {
+        # fp32 sums, so that splitting a batch differently does not change the update.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        **config,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.max_grad_norm if zero["stage"] > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+    }
+
+
+def _build_scheduler(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, num_updates: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    check_value("optim.lr_scheduler_type", optim.lr_scheduler_type)
+    names = {"constant": "constant_with_warmup"}
+    num_warmup_updates = math.ceil(num_updates * optim.warmup_ratio)
+    return get_scheduler(
+        names.get(optim.lr_scheduler_type, optim.lr_scheduler_type), optimizer, num_warmup_updates, num_updates
+    )

@@ -1,0 +1,20 @@
+"""The trained model as a folder that can be loaded, evaluated and shared."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fastr1.models import Processor, VideoLanguageModel, save_model
+from fastr1.training.distributed import DistributedModel
+
+logger = logging.getLogger(__name__)
+
+
+def export_model(distributed: DistributedModel, model: VideoLanguageModel, processor: Processor, path: Path) -> None:
+    """Write the trained model in the layout it was read in, in the training dtype. All ranks call it."""
+    state = distributed.consolidated_state_dict()
+    if state is not None:
+        save_model(path, model, processor, state_dict=state)
+        logger.info("model written to %s", path)
+    distributed.barrier()

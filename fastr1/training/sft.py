@@ -1,0 +1,95 @@
+"""Supervised fine-tuning on conversations about videos: the cold start before GRPO.
+
+The loss of a sample is the mean cross-entropy of its answer tokens, end token included; the loss of an update is the
+mean over the samples of all ranks and micro-batches, whose number is fixed before the first micro-step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from fastr1.config import TrainConfig
+from fastr1.data.conversations import load_conversations
+from fastr1.reporting.statistics import Metrics, TokenSums
+from fastr1.schema import DataError, SftSample, Update
+from fastr1.training.loop import Rows, TrainingRun
+from fastr1_kernels import selective_log_softmax
+
+
+def run_sft(config: TrainConfig) -> Path:
+    """Fine-tune `config.model.path` on the answers of `config.data.train_file` and write the run folder.
+
+    `config.data.instruction` is not used: the questions of these files carry theirs.
+    Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
+    """
+    with TrainingRun[SftSample](config, load_conversations) as run:
+        return run.train(SftTrainer(run).step)
+
+
+def answer_logps(
+    logits: torch.Tensor,  # (B, T, V)
+    answer_ids: torch.Tensor,  # (B, T)
+    answer_mask: torch.Tensor,  # (B, T) bool
+) -> torch.Tensor:
+    """Mean log-probability of each sample's answer tokens: (B,)."""
+    logps = selective_log_softmax(logits, answer_ids).masked_fill(~answer_mask, 0.0)
+    return logps.sum(dim=1) / answer_mask.sum(dim=1)
+
+
+class SftTrainer:
+    """One supervised update after another."""
+
+    def __init__(self, run: TrainingRun[SftSample]) -> None:
+        self.run = run
+        self.distributed = run.distributed
+        # (prompt, answer) of every sample; None where it goes to the ledger, which raises unless it is to be skipped
+        self.examples = [self._tokenize(sample) for sample in run.samples]
+
+    def step(self, update: Update[SftSample]) -> tuple[Metrics, Rows]:
+        """One update on this rank's share of the samples. Returns metrics of all ranks."""
+        distributed, timer = self.distributed, self.run.timer
+        with timer.phase("vision"), distributed.gathered_parameters():
+            videos = self.run.encode(update.pixels)
+        examples = [self.examples[i] for i in update.indices]
+        is_valid = update.is_valid & torch.tensor([example is not None for example in examples])
+        num_samples = distributed.sum_across_ranks(is_valid.sum().double()).item()
+        if num_samples == 0:
+            raise DataError(f'update {update.step}: no sample can be used; set data.policy to "error" to see why')
+        is_valid = is_valid.to(distributed.device)
+        pairs = [self._stand_in(update.samples[i]) if e is None else e for i, e in enumerate(examples)]
+        sums = TokenSums()
+        with timer.phase("train"):
+            for rows in self.run.micro_batches(len(pairs)):
+                ids, mask = self._pad([answer_ids for _, answer_ids in pairs[rows]])
+                prompt_ids = [prompt_ids.to(distributed.device) for prompt_ids, _ in pairs[rows]]
+                logits = distributed(prompt_ids, videos[rows], ids, mask, share_prefix=False)
+                losses = -answer_logps(logits, ids, mask) * is_valid[rows]
+                distributed.backward(losses.sum() / num_samples)
+                num_tokens = (mask & is_valid[rows][:, None]).sum()
+                sums.add({"loss": (losses.sum(), is_valid[rows].sum()), "num_tokens": (num_tokens, num_tokens * 0)})
+        with timer.phase("optimizer"):
+            learning_rate = distributed.learning_rate
+            grad_norm = distributed.step()
+        return {**sums.means(distributed), "grad_norm": grad_norm, "learning_rate": learning_rate}, []
+
+    def _tokenize(self, sample: SftSample) -> tuple[torch.Tensor, torch.Tensor] | None:
+        try:
+            return self.run.processor.conversation_ids(sample.question, sample.answer, origin=sample.origin)
+        except DataError as error:
+            self.run.ledger.record(sample.origin, str(error))
+            return None
+
+    def _stand_in(self, sample: SftSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the place of an unusable example, so that every rank takes the same steps: a prompt, an empty answer."""
+        end = torch.tensor(self.run.processor.end_token_ids[:1])
+        return self.run.processor.prompt_ids("", origin=sample.origin), end
+
+    def _pad(self, answers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded ids (B, T) and mask (B, T) bool on the device."""
+        ids = pad_sequence(answers, batch_first=True, padding_value=self.run.processor.pad_token_id)
+        lengths = torch.tensor([len(answer) for answer in answers])
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        return ids.to(self.distributed.device), mask.to(self.distributed.device)

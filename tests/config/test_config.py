@@ -1,0 +1,322 @@
+"""Loading, overriding, checking and saving configurations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastr1.config import TrainConfig, config_to_dict, load_config, save_config
+from fastr1.config.checks import DEEPSPEED_OWNED_KEYS, ConfigError, without_auto
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.json"))
+MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
+
+
+def write(folder: Path, tree: Any, name: str = "config.json") -> Path:
+    path = folder / name
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write(tmp_path, MINIMAL)
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "saved" / "config.json")
+    assert load_config(tmp_path / "saved" / "config.json") == config
+
+
+def test_there_are_shipped_configs() -> None:
+    assert {"grpo.json", "demo_coldstart.json", "nextqa_grpo.json", "nextqa_coldstart.json"} <= {
+        path.name for path in CONFIGS
+    }
+
+
+def test_original_settings_of_the_paper_run() -> None:
+    config = load_config(next(path for path in CONFIGS if path.name == "nextqa_grpo.json"))
+    grpo, optim, reward = config.grpo, config.optim, config.reward
+    assert (grpo.num_generations, grpo.beta, grpo.top_k, grpo.advantage_noise_std) == (8, 0.01, 50, 0.02)
+    assert (grpo.max_completion_length, grpo.temperature, grpo.advantage_eps) == (512, 1.0, 1e-4)
+    assert (optim.learning_rate, optim.lr_scheduler_type, optim.warmup_ratio) == (1e-6, "cosine", 0.03)
+    assert (reward.base, reward.length_bonus, reward.max_think_chars, reward.bad_format) == (0.5, 0.5, 1200, -2.0)
+    assert config.data.num_frames == 16
+    assert config.model.freeze == ("vision_tower",)
+
+
+def test_missing_keys_take_the_defaults_of_the_dataclasses(minimal: Path) -> None:
+    config = load_config(minimal)
+    assert config.grpo == TrainConfig().grpo
+    assert config.optim == TrainConfig().optim
+    assert config.deepspeed == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("optim.learning_rate=1e-6", "optim", "learning_rate", 1e-6),
+        ("optim.learning_rate=1", "optim", "learning_rate", 1.0),  # an integer where a number is asked for
+        ("grpo.leave_one_out=true", "grpo", "leave_one_out", True),
+        ('model.freeze=["connector"]', "model", "freeze", ("connector",)),
+        ("model.freeze=[]", "model", "freeze", ()),
+        ("data.train_file=a=b.jsonl", "data", "train_file", "a=b.jsonl"),  # split at the first = only
+        ("data.eval_file=x.jsonl", "data", "eval_file", "x.jsonl"),
+        ("data.eval_file=null", "data", "eval_file", None),
+        ("run.output_dir=2024", "run", "output_dir", "2024"),  # a name made of digits stays a name
+        ('run.output_dir="true"', "run", "output_dir", "true"),
+        ("run.resume_from_checkpoint=1e3", "run", "resume_from_checkpoint", "1e3"),
+        ("grpo.delta=null", "grpo", "delta", None),
+        ("reward.weights=[2]", "reward", "weights", (2.0,)),
+    ],
+)
+def test_override_sets_one_field(minimal: Path, override: str, section: str, name: str, value: Any) -> None:
+    before, after = config_to_dict(load_config(minimal)), load_config(minimal, [override])
+    found = getattr(getattr(after, section), name)
+    assert (found, type(found)) == (value, type(value))
+    before[section][name] = list(value) if isinstance(value, tuple) else value
+    assert config_to_dict(after) == before
+
+
+def test_later_overrides_win_and_the_file_is_weaker_than_both(tmp_path: Path) -> None:
+    path = write(tmp_path, {**MINIMAL, "run": {"seed": 1}})
+    assert load_config(path).run.seed == 1
+    assert load_config(path, ["run.seed=2", "run.seed=3"]).run.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.learnig_rate=1", ["'optim.learnig_rate'", "did you mean 'optim.learning_rate'"]),
+        ("optim.lr=1", ["'optim.lr'", "learning_rate, "]),
+        ("learning_rate=1", ["did you mean 'optim.learning_rate'"]),
+        ("gpro.beta=1", ["did you mean 'grpo.beta'"]),
+        ("model.num_generations=4", ["did you mean 'grpo.num_generations'"]),
+        ("xyz=1", ["the sections are task, model"]),
+        ("grpo.top_k.x=1", ["'grpo.top_k.x'"]),
+        ("grpo=1", ["grpo is a section"]),
+        ("grpo.beta", ["section.key=value"]),
+        ("=1", ["section.key=value"]),
+        ("grpo.beta=high", ["grpo.beta must be a number", '"high"']),
+        ("grpo.beta=true", ["grpo.beta must be a number", "true"]),
+        ("grpo.beta=null", ["grpo.beta must be a number", "null"]),
+        ("grpo.beta=NaN", ["finite"]),
+        ("grpo.epsilon=1e999", ["finite"]),
+        ("grpo.top_k=1.5", ["grpo.top_k must be an integer", "1.5"]),
+        ("grpo.top_k=true", ["grpo.top_k must be an integer", "true"]),
+        ("grpo.leave_one_out=1", ["must be true or false", "got 1"]),
+        ("model.path=null", ["model.path must be a string"]),
+        ("model.freeze=connector", ["model.freeze must be a list", '"connector"']),
+        ("model.freeze=[1]", ["model.freeze[0] must be a string", "got 1"]),
+        ('deepspeed={"a": 1, "a": 2}', ["'a' appears twice"]),
+        ("deepspeed=3", ["deepspeed must be an object", "3"]),
+        ("deepspeed=none.json", ["cannot read none.json"]),
+        ("deepspeed.zero_optimization.stage.x=3", ["the entry above 'x' is 1"]),
+    ],
+)
+def test_bad_override_is_named_with_its_remedy(minimal: Path, override: str, parts: list[str]) -> None:
+    message = error_of(minimal, override)
+    assert message.startswith(f"--set {override}")
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("tree", "parts"),
+    [
+        ({"optim": {"learning_rat": 1}}, ["unknown key 'optim.learning_rat'", "'optim.learning_rate'"]),
+        ({"optim": 3}, ["optim must be an object, got 3"]),
+        ({"grpo": {"num_generations": "8"}}, ["grpo.num_generations must be an integer", 'the string "8"']),
+        ({"grpo": {"num_generations": 8.0}}, ["grpo.num_generations must be an integer", "8.0"]),
+        ({"data": {"train_file": 3}}, ["data.train_file must be a string", "got 3"]),
+        ({"deepspeed": [1]}, ["deepspeed must be an object", "[1]"]),
+        ({"deepspeed": "zero.json"}, ["deepspeed: cannot read", "zero.json"]),
+        ([1], ["holds [1]", "one JSON object"]),
+        ('{"run": {"seed": 1, "seed": 2}}', ["'seed' appears twice"]),
+        ('{"run": }', ["not valid JSON", "line 1"]),
+    ],
+)
+def test_bad_file_is_named_with_the_key(tmp_path: Path, tree: Any, parts: list[str]) -> None:
+    path = write(tmp_path, tree)
+    message = error_of(path)
+    assert message.startswith(str(path))
+    for part in parts:
+        assert part in message, message
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.json") in error_of(tmp_path / "none.json")
+
+
+# Last good value (None: there is none) and first bad value of every limit.
+LIMITS = [
+    ("grpo.num_generations", "2", "1"),
+    ("grpo.max_completion_length", "1", "0"),
+    ("grpo.temperature", "0.01", "0"),
+    ("grpo.top_k", "0", "-1"),
+    ("grpo.top_p", "1", "1.1"),
+    ("grpo.top_p", "0.1", "0"),
+    ("grpo.beta", "0", "-0.1"),
+    ("grpo.advantage_eps", "1e-9", "0"),
+    ("grpo.advantage_noise_std", "0", "-1"),
+    ("optim.learning_rate", "0", "-1e-6"),
+    ("optim.warmup_ratio", "1", "1.01"),
+    ("optim.warmup_ratio", "0", "-0.01"),
+    ("optim.weight_decay", "0", "-1"),
+    ("optim.adam_beta1", "0", "1"),
+    ("optim.adam_beta2", "0.99", "1"),
+    ("optim.adam_epsilon", "1e-12", "0"),
+    ("optim.max_grad_norm", "0", "-1"),
+    ("optim.num_train_epochs", "0.5", "0"),
+    ("optim.max_steps", "-1", "0"),
+    ("optim.max_steps", "1", "-2"),
+    ("optim.per_device_train_batch_size", "1", "0"),
+    ("optim.gradient_accumulation_steps", "1", "0"),
+    ("data.num_frames", "-1", "0"),
+    ("data.num_frames", "1", "-2"),
+    ("data.max_bad_fraction", "1", "1.5"),
+    ("data.num_decode_threads", "1", "0"),
+    ("reward.max_think_chars", "1", "0"),
+    ("reward.functions", '["a:b"]', "[]"),
+    ("reward.weights", "[0.5]", "[1, 2]"),
+    ("run.seed", "0", "-1"),
+    ("run.logging_steps", "1", "0"),
+    ("run.save_steps", "0", "-1"),
+    ("run.save_total_limit", "1", "0"),
+    ("run.eval_samples", "1", "0"),
+    ("run.per_device_eval_batch_size", "1", "0"),
+    ("run.eval_steps", "0", "-1"),
+    ("run.report_to", "[]", '["wandb"]'),
+    ("run.report_to", '["jsonl"]', '["jsonl", "jsonl"]'),
+    ("run.output_dir", "x", '""'),
+    ("run.resume_from_checkpoint", "last", '""'),
+    ("task", "sft", "ppo"),
+    ("model.path", "x", '""'),
+    ("model.dtype", "float32", "float16"),
+    ("model.freeze", '["vision_tower", "connector"]', '["vision"]'),
+    ("model.freeze", '["language_model"]', '["vision_tower", "connector", "language_model"]'),
+    ("data.train_file", "x", '""'),
+    ("data.video_root", ".", '""'),
+    ("data.policy", "skip", "ignore"),
+    ("data.backend", "pyav", "decord"),
+    ("reward.mode", "paper", "strict"),
+    ("grpo.loss_type", "dapo", "ppo"),
+    ("grpo.scale_rewards", "none", "std"),
+    ("optim.lr_scheduler_type", "linear", "step"),
+    ("deepspeed.zero_optimization.stage", "3", "4"),
+    ("deepspeed.zero_optimization.stage", "0", "true"),
+    ("deepspeed.zero_optimization", '{"stage": 2}', "2"),
+]
+
+
+@pytest.mark.parametrize(("key", "good", "bad"), LIMITS)
+def test_limit_separates_the_last_good_from_the_first_bad_value(minimal: Path, key: str, good: str, bad: str) -> None:
+    load_config(minimal, [f"{key}={good}"])
+    message = error_of(minimal, f"{key}={bad}")
+    assert message.startswith(f"{minimal} --set {key}={bad}: {key} ")
+
+
+def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
+    checked = {key for key, _, _ in LIMITS}
+    clipping = {"grpo.epsilon", "grpo.epsilon_high", "grpo.delta"}  # tables of their own below
+    free = {"reward.base", "reward.length_bonus", "reward.correct", "reward.bad_format", "data.max_frames"}
+    numeric = {
+        f"{section}.{field.name}"
+        for section in ("model", "data", "reward", "grpo", "optim", "run")
+        for field in fields(getattr(TrainConfig(), section))
+        if "int" in str(field.type) or "float" in str(field.type)
+    }
+    assert numeric == (checked & numeric) | clipping | free
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["data.max_frames=8"], "data.max_frames is 8 but data.num_frames is 16"),
+        (["data.max_frames=0", "data.num_frames=-1"], "data.max_frames is 0"),
+        (["run.eval_steps=5"], "data.eval_file is not set"),
+        (["grpo.epsilon=0.3"], "does not clip"),
+        (["grpo.epsilon_high=0.3"], "does not clip"),
+        (["grpo.delta=3"], "does not clip"),
+        (["grpo.importance_sampling_level=sequence"], "does not clip"),
+        (["grpo.loss_type=grpo", "grpo.delta=1.2"], "more than 1 + grpo.epsilon"),
+        (["reward.weights=[0.0]"], "nothing would be rewarded"),
+        (["grpo.loss_type=grpo", "grpo.epsilon_high=0.5", "grpo.delta=1.3"], "more than 1 + grpo.epsilon_high = 1.5"),
+        (["grpo.loss_type=grpo", "grpo.epsilon=-0.1"], "grpo.epsilon is -0.1"),
+        (["grpo.loss_type=grpo", "grpo.epsilon_high=-1"], "grpo.epsilon_high is -1"),
+        (["model.dtype=bfloat16", "deepspeed.zero_optimization.stage=0"], "summed in it"),
+    ],
+)
+def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str], part: str) -> None:
+    assert part in error_of(minimal, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.max_frames=8", "data.num_frames=-1"],
+        ["run.eval_steps=5", "data.eval_file=e.jsonl"],
+        ["grpo.loss_type=grpo", "grpo.epsilon=0", "grpo.epsilon_high=0.28", "grpo.delta=1.5"],
+        ["grpo.loss_type=dr_grpo", "grpo.importance_sampling_level=sequence"],
+        ["model.dtype=float32", "deepspeed.zero_optimization.stage=0"],
+    ],
+)
+def test_settings_that_fit_together_are_accepted(minimal: Path, overrides: list[str]) -> None:
+    load_config(minimal, overrides)
+
+
+@pytest.mark.parametrize("key", sorted(DEEPSPEED_OWNED_KEYS))
+def test_owned_deepspeed_key_names_the_key_to_use_instead(tmp_path: Path, key: str) -> None:
+    message = error_of(write(tmp_path, {**MINIMAL, "deepspeed": {key: {"enabled": True}}}))
+    assert f"deepspeed.{key}" in message
+    assert DEEPSPEED_OWNED_KEYS[key] in message
+    for name in ("train_batch_size", "bf16", "optimizer", "gradient_clipping"):
+        assert name in DEEPSPEED_OWNED_KEYS
+
+
+def test_remedies_for_deepspeed_keys_name_fields_that_exist() -> None:
+    known = {
+        f"{section}.{field.name}" for section in ("model", "optim") for field in fields(getattr(TrainConfig(), section))
+    }
+    for words in DEEPSPEED_OWNED_KEYS.values():
+        for word in words.replace(",", "").split():
+            assert word == "and" or word in known or word == "optim.adam_*", word
+
+
+def test_auto_entries_of_a_deepspeed_file_are_not_owned_values(tmp_path: Path) -> None:
+    deepspeed = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
+    config = load_config(write(tmp_path, {**MINIMAL, "deepspeed": deepspeed}))
+    assert without_auto(config.deepspeed) == {"zero_optimization": {"stage": 2}}
+    assert without_auto({"activation_checkpointing": {}}) == {"activation_checkpointing": {}}
+
+
+def test_deepspeed_path_is_relative_to_the_config_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "a", {"zero_optimization": {"stage": 3}}, "zero.json")
+    write(tmp_path / "b", {"zero_optimization": {"stage": 2}}, "zero.json")
+    path = write(tmp_path / "a", {**MINIMAL, "deepspeed": "zero.json"})
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_config(path).deepspeed["zero_optimization"]["stage"] == 3
+    assert load_config(path, ["deepspeed=zero.json"]).deepspeed["zero_optimization"]["stage"] == 2
+
+
+def test_deepspeed_override_keeps_the_other_entries(tmp_path: Path) -> None:
+    path = write(tmp_path, {**MINIMAL, "deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}})
+    config = load_config(path, ["deepspeed.zero_optimization.stage=1", "deepspeed.steps_per_print=100"])
+    assert config.deepspeed == {"zero_optimization": {"stage": 1, "overlap_comm": True}, "steps_per_print": 100}

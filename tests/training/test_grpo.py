@@ -1,0 +1,353 @@
+"""GRPO runs of a random model, end to end: what must not change the result, what must, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_toys import run_on_two_ranks
+from torch.testing import assert_close
+from trainer_toys import (
+    ROOT,
+    TOYS,
+    child_environment,
+    exported,
+    make_config,
+    metrics_of,
+    write_world,
+)
+
+import fastr1.evaluation.multiple_choice
+import fastr1.training.grpo
+from fastr1.config import load_config, save_config
+from fastr1.data.questions import load_questions
+from fastr1.models import load_model
+from fastr1.models.tinyllava import TinyLlavaVideo
+from fastr1.reporting.run_log import read_rows
+from fastr1.reporting.statistics import mean_metrics
+from fastr1.schema import DataError, Sample, Update
+from fastr1.training.grpo import GRPOTrainer, run_grpo
+from fastr1.training.loop import TrainingRun
+
+ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+Parameters = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def plain(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of two updates with the default toy settings and KL."""
+    output = tmp_path_factory.mktemp("plain")
+    run_grpo(make_config(world, output, grpo__beta=0.1, run__report_to=("jsonl", "tensorboard")))
+    return output
+
+
+def train(world: Path, output: Path, **changes: Any) -> Parameters:
+    return exported(run_grpo(make_config(world, output, **changes)))
+
+
+def assert_same(actual: Parameters, expected: Parameters, tolerance: float = 2e-6) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(actual[name], value, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def largest_change(actual: Parameters, before: Parameters, prefix: str) -> float:
+    return max((actual[k] - before[k]).abs().max().item() for k in before if k.startswith(prefix))
+
+
+# What must not change the result
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_result_does_not_depend_on_accumulation(world: Path, tmp_path: Path, loss_type: str) -> None:
+    runs = []
+    for per_device, accumulation in ((4, 1), (2, 2), (1, 4)):
+        output = tmp_path / f"{per_device}x{accumulation}"
+        split = {
+            "optim__per_device_train_batch_size": per_device,
+            "optim__gradient_accumulation_steps": accumulation,
+        }
+        runs.append((train(world, output, grpo__loss_type=loss_type, grpo__beta=0.1, **split), metrics_of(output)))
+    expected, expected_metrics = runs[0]
+    assert largest_change(expected, exported(world / "base"), "language_model") > 1e-4
+    for parameters, metrics in runs[1:]:
+        assert_same(parameters, expected)
+        for row, expected_row in zip(metrics, expected_metrics, strict=True):
+            assert row == pytest.approx(expected_row, abs=2e-5)
+
+
+def _train_in_two_processes(rank: int, folder: Path) -> None:
+    sys.path.insert(0, str(TOYS))
+    halves = {"optim__per_device_train_batch_size": 1, "optim__gradient_accumulation_steps": 2, "grpo__beta": 0.1}
+    questions = str(folder / "world" / "questions.jsonl")
+    evaluation = {"run__eval_steps": 2, "data__eval_file": questions}
+    for name, stage in (("one", {"zero_optimization": {"stage": 1}}), ("three", ZERO_3)):
+        run_grpo(make_config(folder / "world", folder / name, deepspeed=stage, **halves, **evaluation))
+
+
+def test_two_processes_equal_one(world: Path, plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    run_on_two_ranks(_train_in_two_processes, tmp_path)
+    for name in ("one", "three"):
+        assert_same(exported(tmp_path / name / "final"), exported(plain / "final"))
+        for row, expected in zip(metrics_of(tmp_path / name), metrics_of(plain), strict=True):
+            assert {key: row[key] for key in expected} == pytest.approx(expected, abs=2e-5)
+        assert metrics_of(tmp_path / name)[1]["eval/num_questions"] == 6
+
+
+@pytest.mark.parametrize("zero", [{"zero_optimization": {"stage": s}} for s in (0, 2)] + [ZERO_3], ids=["0", "2", "3"])
+def test_zero_stages_give_the_same_update(world: Path, plain: Path, tmp_path: Path, zero: dict[str, Any]) -> None:
+    questions = str(world / "questions.jsonl")
+    assert_same(
+        train(world, tmp_path, grpo__beta=0.1, deepspeed=zero, run__eval_steps=1, data__eval_file=questions),
+        exported(plain / "final"),
+    )
+
+
+def test_zero_3_gathers_once_around_vision_rollout_and_evaluation(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not gathered, each layer would be fetched per token, and ranks of unequal rollouts would wait for ever."""
+    sizes: dict[str, int] = {}
+
+    def watch(owner: Any, name: str, label: str = "") -> None:
+        original = getattr(owner, name)
+
+        def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes[label or name] = min(p.numel() for p in model.parameters())
+            return original(model, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(fastr1.training.grpo, "sample_completions")
+    watch(fastr1.evaluation.multiple_choice, "sample_completions", "evaluation")
+    watch(TinyLlavaVideo, "encode")
+    watch(TinyLlavaVideo, "forward")
+    questions = str(world / "questions.jsonl")
+    train(world, tmp_path, deepspeed=ZERO_3, optim__max_steps=1, run__eval_steps=1, data__eval_file=questions)
+    assert min(sizes["sample_completions"], sizes["evaluation"], sizes["encode"]) > 0
+    assert sizes["forward"] == 0  # training itself stays partitioned
+
+
+def test_gradient_checkpointing_gives_the_same_update(world: Path, plain: Path, tmp_path: Path) -> None:
+    assert_same(train(world, tmp_path, grpo__beta=0.1, model__gradient_checkpointing=True), exported(plain / "final"))
+
+
+def test_two_updates_resume_and_two_updates_equal_four_exactly(world: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    expected = train(world, whole, optim__max_steps=4, grpo__beta=0.1)
+    train(world, halves, optim__max_steps=2, grpo__beta=0.1, run__save_steps=1)
+    assert sorted(p.name for p in (halves / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    resumed = train(world, halves, optim__max_steps=4, grpo__beta=0.1, run__resume_from_checkpoint="last")
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
+    assert metrics_of(halves) == metrics_of(whole)
+    assert read_rows(halves / "rollouts.jsonl") == read_rows(whole / "rollouts.jsonl")
+
+
+# What must change, and what must not
+
+
+def test_frozen_tower_stays_and_the_rest_moves(world: Path, plain: Path) -> None:
+    before, after = exported(world / "base"), exported(plain / "final")
+    assert largest_change(after, before, "vision_tower") == 0
+    assert largest_change(after, before, "connector") > 1e-4
+    assert largest_change(after, before, "language_model") > 1e-4
+
+
+def test_trainable_tower_moves(world: Path, tmp_path: Path) -> None:
+    after = train(world, tmp_path, model__freeze=("language_model",))
+    before = exported(world / "base")
+    assert largest_change(after, before, "vision_tower") > 1e-5
+    assert largest_change(after, before, "language_model") == 0
+
+
+def test_kl_is_zero_at_first_and_grows_away_from_the_reference(plain: Path) -> None:
+    first, second = metrics_of(plain)
+    assert abs(first["kl"]) < 1e-6
+    assert second["kl"] > 1e-4
+    assert second["sampler_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "tinyllava_video_r1"])
+def test_every_loss_type_trains(world: Path, tmp_path: Path, loss_type: str) -> None:
+    after = train(world, tmp_path, grpo__loss_type=loss_type, optim__max_steps=1)
+    assert largest_change(after, exported(world / "base"), "language_model") > 1e-5
+
+
+def test_reward_of_random_model_rises(world: Path, tmp_path: Path) -> None:
+    train(
+        world,
+        tmp_path,
+        optim__max_steps=25,
+        optim__learning_rate=1e-2,
+        optim__adam_epsilon=1e-8,
+        grpo__num_generations=8,
+    )
+    rewards = [row["reward"] for row in metrics_of(tmp_path)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_logging_steps_average_over_their_updates(world: Path, tmp_path: Path) -> None:
+    train(world, tmp_path / "each", optim__max_steps=3)
+    train(world, tmp_path / "pairs", optim__max_steps=3, run__logging_steps=2)
+    each, pairs = metrics_of(tmp_path / "each"), metrics_of(tmp_path / "pairs")
+    assert [row["step"] for row in pairs] == [2, 3]
+    assert pairs[0]["reward"] == pytest.approx((each[0]["reward"] + each[1]["reward"]) / 2)
+    assert pairs[1] == each[2]
+    assert mean_metrics([{"a": 1.0}, {"a": 3.0, "b": 5.0}]) == {"a": 2.0, "b": 5.0}
+
+
+# Bad videos
+
+
+def break_video(world: Path, tmp_path: Path, index: int) -> Path:
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    (broken / f"{index}.mp4").write_bytes(b"not a video")
+    return broken
+
+
+def test_prompt_that_would_be_cut_stops_the_run_before_its_first_update(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder)
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    rows[-1]["problem"] = "Well, " * 400 + rows[-1]["problem"]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"questions\.jsonl:{len(rows)}: the prompt has \d+ tokens"):
+        train(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_new_run_refuses_a_folder_with_an_earlier_one(world: Path, plain: Path) -> None:
+    before = (plain / "metrics.jsonl").read_bytes()
+    with pytest.raises(DataError, match=r"holds an earlier run \(metrics\.jsonl\).*resume_from_checkpoint=last"):
+        train(world, plain, run__seed=7)
+    assert (plain / "metrics.jsonl").read_bytes() == before
+
+
+def test_missing_evaluation_file_stops_the_run_before_its_first_update(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nope\.jsonl"):
+        train(world, tmp_path, data__eval_file=str(world / "nope.jsonl"), run__eval_steps=2)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_bad_video_stops_the_run_by_default(world: Path, tmp_path: Path) -> None:
+    broken = break_video(world, tmp_path, 3)
+    with pytest.raises(DataError, match=r"questions\.jsonl:4.*3\.mp4"):
+        run_grpo(make_config(broken, tmp_path / "run"))
+
+
+def test_skipped_video_is_counted_and_reported(world: Path, tmp_path: Path) -> None:
+    broken = break_video(world, tmp_path, 3)
+    train(broken, tmp_path / "run", data__policy="skip", data__max_bad_fraction=0.5, optim__max_steps=3)
+    rows = read_rows(tmp_path / "run" / "rollouts.jsonl")
+    assert {row["sample_id"] for row in rows if not row["valid"]} == {"3"}
+    assert all(row["advantage"] == 0 for row in rows if not row["valid"])
+    valid = [row["reward"] for row in rows if row["valid"] and row["step"] == 2]
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics[-1]["bad_samples"] == 1
+    assert metrics[1]["reward"] == pytest.approx(sum(valid) / len(valid))
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_skipped_video_contributes_nothing(world: Path, tmp_path: Path, loss_type: str) -> None:
+    """An update with three good videos and a bad one equals the update with the three alone."""
+    states = []
+    for num_samples in (4, 3):
+        config = make_config(world, tmp_path, grpo__loss_type=loss_type, grpo__beta=0.1)
+        with TrainingRun[Sample](config, load_questions) as run:
+            samples = run.samples[:num_samples]
+            pixels: list[torch.Tensor | None] = [torch.full((4, 3, 28, 28), 0.1 * i) for i in range(3)]
+            pixels += [None] * (num_samples - 3)
+            update = Update(1, samples, list(range(num_samples)), pixels)
+            metrics, _ = GRPOTrainer(run).step(update)
+            states.append((run.engine.consolidated_state_dict(), metrics))
+    assert_same(states[0][0], states[1][0])
+    assert states[0][1] == pytest.approx(states[1][1], rel=1e-5, abs=1e-6)
+
+
+def test_update_without_any_video_is_an_error(world: Path, tmp_path: Path) -> None:
+    with TrainingRun[Sample](make_config(world, tmp_path), load_questions) as run:
+        update = Update(7, run.samples[:2], [0, 1], [None, None])
+        with pytest.raises(DataError, match=r"update 7: no video could be decoded.*0\.mp4"):
+            GRPOTrainer(run).step(update)
+
+
+# What a run leaves behind
+
+
+def test_run_folder(world: Path, plain: Path) -> None:
+    config = load_config(plain / "config.json")
+    assert config == make_config(world, plain, grpo__beta=0.1, run__report_to=("jsonl", "tensorboard"))
+    names = set(read_rows(plain / "metrics.jsonl")[0])
+    assert names >= {
+        "step", "loss", "kl", "entropy", "reward", "rewards/trainer_toys:vowel_reward", "reward_std",
+        "frac_reward_zero_std", "completion_length", "completion_length_max", "completion_clipped_ratio", "num_tokens",
+        "grad_norm", "learning_rate", "epoch", "bad_samples", "sampler_gap", "tokens_per_second", "peak_memory_bytes",
+        "time/decode_wait_seconds", "time/vision_seconds", "time/rollout_seconds", "time/reward_seconds",
+        "time/reference_seconds", "time/train_seconds", "time/optimizer_seconds", "time/step_seconds",
+    }  # fmt: skip
+    rows = read_rows(plain / "rollouts.jsonl")
+    assert len(rows) == 2 * 4 * 3
+    for row in rows:
+        assert row["question"].startswith("Which colour")
+        assert row["reward"] == row["rewards"]["trainer_toys:vowel_reward"]
+    group = [row["advantage"] for row in rows[:3]]
+    assert sum(group) == pytest.approx(0, abs=1e-5)
+    assert any(not row["is_truncated"] for row in rows)
+    assert any(row["is_truncated"] for row in rows)
+    assert list((plain / "tensorboard").glob("events.*"))
+    model = load_model(plain / "final")
+    assert torch.equal(
+        model.language_model.lm_head.weight, exported(plain / "final")["language_model.model.embed_tokens.weight"]
+    )
+    assert not (plain / "checkpoints").exists()
+
+
+def test_sigterm_finishes_the_step_saves_and_resumes(world: Path, tmp_path: Path) -> None:
+    config = make_config(world, tmp_path / "run", optim__max_steps=100_000)
+    save_config(config, tmp_path / "config.json")
+    command = [sys.executable, str(ROOT / "fastr1" / "train.py"), "--config", str(tmp_path / "config.json")]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert "SIGTERM received" in errors
+    last = read_rows(metrics)[-1]["step"]
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step-{last:06d}"
+    assert json.loads((checkpoint / "manifest.json").read_text())["step"] == last
+    train(world, tmp_path / "run", optim__max_steps=last + 1, run__resume_from_checkpoint="last")
+    assert [row["step"] for row in read_rows(metrics)] == list(range(1, last + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["deepspeed", "deepspeed --num_gpus 2"])
+def test_deepspeed_launcher(world: Path, plain: Path, tmp_path: Path, command: str) -> None:
+    per_device = 2 if "2" in command else 4
+    config = make_config(world, tmp_path / "run", grpo__beta=0.1, optim__per_device_train_batch_size=per_device)
+    save_config(config, tmp_path / "config.json")
+    binary, *options = command.split()
+    script = str(ROOT / "fastr1" / "train.py")
+    launch = [str(Path(sys.executable).parent / binary), *options, "--master_port", "29619", script]
+    subprocess.run(
+        [*launch, "--config", str(tmp_path / "config.json")], env=child_environment(), check=True, timeout=300
+    )
+    assert_same(exported(tmp_path / "run" / "final"), exported(plain / "final"))
