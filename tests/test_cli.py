@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from trainer_toys import write_world
 
 from fastr1 import cli, train
-from fastr1.config import INSTRUCTION
+from fastr1.evaluation.chat import chat
 from fastr1.schema import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -143,58 +144,59 @@ def test_a_command_refuses_a_config_of_the_other_task(
     assert f"task is '{task}'; run `fastr1 {other}`" in capsys.readouterr().err
 
 
-def test_eval_passes_its_options_and_prints_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def test_eval_prints_the_summary_and_honours_its_options(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recorder = Recorder(monkeypatch, "fastr1.evaluation.multiple_choice", "evaluate_checkpoint", {"accuracy": 0.5})
-    options = "--model m --data-file d.jsonl --video-root v --num-frames -1 --limit 3 --blank-video --device cpu"
-    assert cli.main(["eval", *options.split(), "--instruction", "Be brief."]) == 0
-    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5}
-    assert recorder.calls == [
-        (
-            (),
-            {
-                "model_path": "m",
-                "data_file": "d.jsonl",
-                "video_root": "v",
-                "num_frames": -1,
-                "batch_size": 8,
-                "max_completion_length": 512,
-                "limit": 3,
-                "instruction": "Be brief.",
-                "blank_video": True,
-                "device": "cpu",
-                "output": None,
-            },
-        )
-    ]
+    files = ["--model", str(world / "base"), "--data-file", str(world / "questions.jsonl"), "--video-root", str(world)]
+    options = ["--num-frames", "4", "--limit", "3", "--max-completion-length", "5", "--device", "cpu"]
+    answers = []
+    for number, more in enumerate(([], ["--control", "blank_video"], ["--instruction", "Be brief."])):
+        output = tmp_path / f"{number}.json"
+        assert cli.main(["eval", *files, *options, *more, "--output", str(output)]) == 0
+        content = json.loads(output.read_text())
+        assert json.loads(capsys.readouterr().out) == content["summary"]
+        assert content["summary"]["num_questions"] == 3
+        assert max(answer["completion_length"] for answer in content["answers"]) <= 5
+        answers.append([answer["completion"] for answer in content["answers"]])
+    assert answers[1] != answers[0] != answers[2]
 
 
-def test_chat_passes_its_options_and_prints_the_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answer = type("ChatAnswer", (), {"text": "<think> x </think> <answer> A </answer>"})()
-    recorder = Recorder(monkeypatch, "fastr1.evaluation.chat", "chat", answer)
-    assert cli.main(["chat", "m", "v.mp4", "Which?\\nOptions:", "--temperature", "0.5"]) == 0
-    assert capsys.readouterr().out == answer.text + "\n"
-    args, options = recorder.calls[0]
-    assert args == ("m", "v.mp4", "Which?\nOptions:")
-    assert options == {
-        "num_frames": 16,
-        "max_completion_length": 512,
-        "temperature": 0.5,
-        "instruction": INSTRUCTION,
-        "device": None,
-    }
+def test_chat_prints_the_text(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(world / "base"), str(world / "0.mp4")]
+    options = ["--num-frames", "4", "--max-completion-length", "5", "--device", "cpu", "--instruction", ""]
+    printed = []
+    for question in ("Which?\\nOptions:", "Which?\nOptions:", "Which? Options:"):
+        assert cli.main(["chat", *arguments, question, *options]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    assert (
+        printed[0]
+        == chat(
+            model_path=arguments[0],
+            video_path=arguments[1],
+            question="Which?\nOptions:",
+            num_frames=4,
+            max_completion_length=5,
+            device="cpu",
+            instruction="",
+        ).text
+        + "\n"
+    )
 
 
-def test_demo_commands_pass_their_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Recorder(monkeypatch, "fastr1.demo.dataset", "write_demo_dataset")
-    demo = Recorder(monkeypatch, "fastr1.demo.pipeline", "run_demo")
-    cli.main(["demo-data", "--output-dir", str(tmp_path), "--num-train", "4", "--num-test", "2", "--seed", "9"])
-    cli.main(["demo", "--output-dir", str(tmp_path), "--seed", "3"])
-    assert data.calls == [((tmp_path,), {"num_train": 4, "num_test": 2, "seed": 9})]
-    assert demo.calls == [((tmp_path,), {"seed": 3})]
+def test_demo_data_honours_its_options(tmp_path: Path) -> None:
+    options = ["--num-train", "4", "--num-test", "2"]
+    for folder, seed in (("a", "9"), ("b", "3")):
+        assert cli.main(["demo-data", "--output-dir", str(tmp_path / folder), *options, "--seed", seed]) == 0
+    rows = [(tmp_path / folder / "train.jsonl").read_text() for folder in "ab"]
+    assert rows[0] != rows[1]
+    assert [len(row.splitlines()) for row in rows] == [4, 4]
+    assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 2
 
 
 def test_report_command_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,15 +234,19 @@ def test_script_reports_a_wrong_config_without_importing_torch(tmp_path: Path) -
 
 
 def test_script_finds_both_packages_and_keeps_its_folder_off_the_path(tmp_path: Path) -> None:
+    rooms = [path.stem for path in SCRIPT.parent.iterdir() if path.suffix in ("", ".py") and path.stem != "__init__"]
+    assert {"config", "data", "models", "schema"} <= set(rooms)
     check = (
+        f"ROOMS = {sorted(set(rooms) - {'__pycache__'})!r}\n"
         "from importlib.util import find_spec as find\n"
-        "print(find('fastr1').origin, find('fastr1_kernels').origin, find('schema'), find('config'))"
+        "print(find('fastr1').origin, find('fastr1_kernels').origin, [find(name) for name in ROOMS])"
     )
     done = run_script(tmp_path, RUN.replace("ARGUMENTS", "['--help']") + check)
     lines = done.stdout.splitlines()
     assert "code 0" in lines, done.stderr
     package, kernels = REPOSITORY / "fastr1" / "__init__.py", REPOSITORY / "kernels" / "fastr1_kernels" / "__init__.py"
-    assert lines[-1] == f"{package} {kernels} None None"
+    found = lines[-1].removeprefix(f"{package} {kernels} ")
+    assert found == str([None] * (len(rooms) - ("__pycache__" in rooms)))
 
 
 def test_importing_the_script_as_a_module_leaves_the_path_alone() -> None:

@@ -102,7 +102,7 @@ def test_linked_and_named_files_exist(page: str) -> None:
     text = path.read_text()
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
     missing = [target for target in linked if not (path.parent / target).exists()]
-    named = re.findall(r"(?<![\w/])(?:configs|tests|scripts)/\w+\.(?:json|py|sh)\b", text)
+    named = re.findall(r"(?<![\w/])(?:configs|tests|scripts)/[\w/]+\.(?:json|py|sh)\b", text)
     assert missing + [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -113,13 +113,85 @@ def test_no_module_is_named_like_the_standard_library() -> None:
     assert names & sys.stdlib_module_names == set()
 
 
-@pytest.mark.parametrize(
-    ("library", "importer"),
-    [("deepspeed", "fastr1/training/distributed.py"), ("torchcodec", "fastr1/video/torchcodec_backend.py")],
-)
+# Every room (a folder or a file of fastr1) with the rooms it may import; docs/design.md draws it.
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "schema": set(),
+    "data": {"config", "schema"},
+    "video": {"config", "schema"},
+    "rewards": {"config", "schema"},
+    "reporting": {"config", "schema"},
+    "models": {"config", "schema", "data", "video"},
+    "rollout": {"schema", "models"},
+    "evaluation": {"config", "schema", "data", "video", "rewards", "models", "rollout"},
+    "training": {"config", "schema", "data", "video", "rewards", "reporting", "models", "rollout", "evaluation"},
+    "doctor": {"video"},
+    "demo": {"config", "data", "video", "reporting", "models", "evaluation"},
+    "cli": {"config", "doctor", "demo", "reporting", "evaluation", "training"},
+    "train": {"config", "cli"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of fastr1 that a file imports anywhere in it, by any of the ways to write it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports are not used in fastr1"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            names.add(node.value)  # importlib.import_module("fastr1.video.…")
+    rooms = {name.split(".")[1] for name in names if name.startswith("fastr1.") and "/" not in name}
+    return rooms & ROOMS.keys()
+
+
+def test_rooms_import_in_one_direction() -> None:
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "fastr1").rglob("*.py"):
+        room = path.relative_to(ROOT / "fastr1").parts[0].removesuffix(".py")
+        if room != "__init__":
+            found.setdefault(room, set()).update(imported_rooms(path) - {room})
+    assert found.keys() == ROOMS.keys()
+    assert {room: sorted(used - ROOMS[room]) for room, used in found.items() if not used <= ROOMS[room]} == {}
+    order = list(ROOMS)
+    assert all(order.index(used) < order.index(room) for room, allowed in ROOMS.items() for used in allowed)
+
+
+# Libraries that one file of each source root imports, so that an upgrade is that file's matter.
+ONE_IMPORTER = {
+    "deepspeed": "fastr1/training/distributed.py",
+    "matplotlib": "fastr1/reporting/curves.py",
+    "safetensors": "fastr1/models/tinyllava/checkpoint.py",
+    "torchcodec": "fastr1/video/torchcodec_backend.py",
+}
+
+
+@pytest.mark.parametrize(("library", "importer"), ONE_IMPORTER.items())
 def test_library_is_imported_in_one_file(library: str, importer: str) -> None:
     importers = [str(path.relative_to(ROOT)) for path in LIBRARY if library in imported_packages(path)]
     assert importers == [importer]
+
+
+def test_every_library_with_one_importer_is_in_the_table() -> None:
+    importers: dict[str, set[str]] = {}
+    for path in LIBRARY:
+        for package in imported_packages(path) - set(sys.stdlib_module_names) - {"fastr1", "fastr1_kernels"}:
+            importers.setdefault(package, set()).add(str(path.relative_to(ROOT)))
+    assert {package: files.pop() for package, files in importers.items() if len(files) == 1} == ONE_IMPORTER
+
+
+def test_families_are_known_in_their_room_only() -> None:
+    words = re.compile(r"TinyLlava(?:Video|Processor|Config)|[-−]200\b|lm_head|\bimage_size=|\.image_size")
+    outside = [path for path in LIBRARY if path.relative_to(ROOT).parts[:2] != ("fastr1", "models")]
+    found = [str(path.relative_to(ROOT)) for path in outside if words.search(path.read_text())]
+    found += [
+        str(path.relative_to(ROOT))
+        for path in outside
+        if "fastr1.models.tinyllava" in path.read_text() and "demo" not in path.parts  # the demo makes such a model
+    ]
+    assert found == []
 
 
 def test_kernels_import_nothing_but_torch_triton_and_the_standard_library() -> None:

@@ -7,6 +7,7 @@ Each rule is stated once: modules that take a setting as an argument ask `check_
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -105,6 +106,9 @@ def check_value(key: str, value: Any) -> None:
             raise ConfigError(f"{key} is {item!r}; choose from {', '.join(choices)}")
     if choices and isinstance(value, tuple) and len(set(value)) != len(value):
         raise ConfigError(f"{key} names an entry twice: {list(value)}")
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ConfigError(f"{key} is {_show(value)}; it must be finite")
     is_valid, words = _LIMITS.get(key, (None, ""))
     if value is not None and is_valid is not None and not is_valid(value):
         raise ConfigError(f"{key} is {_show(value)}; it must be {words}")

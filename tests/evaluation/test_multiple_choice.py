@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 from trainer_toys import NUM_SAMPLES, make_config, problem, write_world
 
-from fastr1.config import INSTRUCTION
+from fastr1.config import INSTRUCTION, Control
 from fastr1.evaluation.chat import chat
 from fastr1.evaluation.multiple_choice import CONTROLS, evaluate_checkpoint, summarise_answers
 from fastr1.schema import Answer, DataError
@@ -124,15 +125,38 @@ def test_result_does_not_depend_on_batch_size_and_limit_takes_the_first(world: P
     assert first == together[:2]
 
 
+@pytest.mark.parametrize("control", CONTROLS)
+def test_control_is_what_it_says(control: Control) -> None:
+    pixels = torch.randn(5, 3, 2, 4)
+    shown = CONTROLS[control](pixels)
+    assert shown.shape == pixels.shape
+    if control == "blank_video":
+        assert not shown.any()
+    if control == "repeated_frame":
+        assert all(torch.equal(frame, pixels[2]) for frame in shown)
+    if control == "shuffled_frames":
+        places = [next(i for i, frame in enumerate(pixels) if torch.equal(frame, other)) for other in shown]
+        assert sorted(places) == [0, 1, 2, 3, 4] != places
+
+
+def test_controls_are_those_of_the_configuration() -> None:
+    assert tuple(CONTROLS) == get_args(Control)
+
+
+def test_unknown_control_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="control is 'blind'; choose from blank_video, "):
+        evaluate(world / "base", world, tmp_path, control="blind")
+
+
 def test_blank_video_hides_the_video(world: Path, tmp_path: Path) -> None:
     swapped = tmp_path / "swapped"
     shutil.copytree(world, swapped)
     for index in range(NUM_SAMPLES):
         shutil.copy(world / f"{(index + 1) % NUM_SAMPLES}.mp4", swapped / f"{index}.mp4")
     seen = [evaluate(world / "base", folder, tmp_path)[1] for folder in (world, swapped)]
-    blind = [evaluate(world / "base", folder, tmp_path, blank_video=True)[1] for folder in (world, swapped)]
+    blank = [evaluate(world / "base", folder, tmp_path, control="blank_video")[1] for folder in (world, swapped)]
     assert seen[0] != seen[1]
-    assert blind[0] == blind[1]
+    assert blank[0] == blank[1]
 
 
 def test_bad_video_is_never_left_out_of_the_rate(world: Path, tmp_path: Path) -> None:

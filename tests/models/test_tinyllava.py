@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.testing import assert_close
 
-from fastr1.models import ModelFileError, load_model, save_model
+from fastr1.models import ModelFileError, load_model
 from fastr1.models.tinyllava.connector import chunk_sizes, sinusoidal_table
 
 
@@ -39,7 +39,7 @@ def test_vision_tower_matches_original(model, expected):
 def test_connector_matches_original_for_even_and_uneven_chunks(model, expected, num_frames):
     name = "connector_output" if num_frames == 16 else f"connector_output.first_{num_frames}_frames"
     with torch.no_grad():
-        tokens = model.encode_video(expected["pixel_values"][:num_frames])
+        (tokens,) = model.visual_tokens([expected["pixel_values"][:num_frames]])
     assert_close(tokens, expected[name][0], atol=1e-5, rtol=0)
 
 
@@ -58,7 +58,7 @@ def test_splice_logits_and_logps_match_original(model, expected):
     ids = torch.cat([expected["prompt_ids"], expected["completion_ids"]])
     with torch.no_grad():
         features = model.encode(expected["pixel_values"])
-        embeds = model.embed_prompt(ids, model.connect(features))
+        embeds = model.embed_prompt(ids, model.visual_tokens([features])[0])
         logits = model.language_model(inputs_embeds=embeds[None]).logits
         completion = expected["completion_ids"][None]
         mask = torch.ones_like(completion, dtype=torch.bool)
@@ -154,7 +154,7 @@ def test_unused_tower_layers_do_not_change_the_output(expected):
 
 
 def test_save_and_load_round_trip_is_exact(model, tmp_path):
-    save_model(model, tmp_path)
+    model.save(tmp_path)
     again = load_model(tmp_path)
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
@@ -178,7 +178,7 @@ def test_two_placeholders_are_refused(model, expected):
 
 
 def _edit_config(model, path, **changes):
-    save_model(model, path)
+    model.save(path)
     config = json.loads((path / "config.json").read_text())
     config.update(changes)
     (path / "config.json").write_text(json.dumps(config))
@@ -187,7 +187,7 @@ def _edit_config(model, path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llava"}, "expected 'tinyllava'"),
+        ({"model_type": "llava"}, "model_type is 'llava'; known are 'tinyllava'"),
         ({"connector_type": "mlp"}, "only 'groupresampler'"),
         ({"num_queries": 32}, "latents has shape"),
         ({"vision_feature_select_strategy": "cls_patch"}, "only 'patch'"),
@@ -202,7 +202,7 @@ def test_wrong_config_is_a_clear_error(model, tmp_path, changes, message):
 def test_missing_and_truncated_files_are_clear_errors(model, tmp_path):
     with pytest.raises(ModelFileError, match=r"config\.json: not found"):
         load_model(tmp_path / "nowhere")
-    save_model(model, tmp_path)
+    model.save(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelFileError, match=r"model\.safetensors: unreadable"):

@@ -17,14 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fastr1.config import INSTRUCTION
 from fastr1.models.tinyllava.prompts import (
+    IMAGE_TOKEN_INDEX,
     SYSTEM,
     build_caption_text,
     build_prompt,
-    build_sft_example,
+    split_conversation,
     tokenize_with_image,
 )
 from fastr1.models.tinyllava.tokenizer import load_tokenizer, save_tokenizer
-from fastr1.schema import IGNORE_INDEX, IMAGE_TOKEN_INDEX, DataError
+from fastr1.schema import DataError
 
 PROBLEM = "What?\nOptions:\nA. x.\nB. y."
 
@@ -83,7 +84,9 @@ def test_sft_examples_match_recorded_ids_and_labels(recorded: PreTrainedTokenize
         question, answer = (turn["value"] for turn in row["conversations"])
         prompt = build_prompt(question, instruction="")
         assert row["prompt"] == f"{prompt} {answer}<|endoftext|>"
-        assert build_sft_example(question, answer, recorded) == (row["input_ids"], row["labels"])
+        prompt_ids, answer_ids = split_conversation(question, answer, recorded)
+        assert prompt_ids + answer_ids == row["input_ids"]
+        assert [-100] * len(prompt_ids) + answer_ids == row["labels"]
 
 
 @pytest.mark.parametrize(
@@ -114,22 +117,16 @@ def test_pieces_around_the_placeholder_are_tokenised_separately(tiny: PreTrained
     assert tokenize_with_image("", tiny) == []
 
 
-def test_labels_cover_the_answer_and_the_end(tiny: PreTrainedTokenizerBase) -> None:
-    input_ids, labels = build_sft_example("Q?", "<answer> é\n5 </answer>", tiny)
-    prompt_ids = tokenize_with_image(build_prompt("Q?", instruction=""), tiny)
-    assert input_ids[: len(prompt_ids)] == prompt_ids
-    assert labels[: len(prompt_ids)] == [IGNORE_INDEX] * len(prompt_ids)
-    assert labels[len(prompt_ids) :] == input_ids[len(prompt_ids) :]
-    assert tiny.decode(labels[len(prompt_ids) :]) == " <answer> é\n5 </answer><|endoftext|>"
-    assert input_ids.count(IMAGE_TOKEN_INDEX) == 1
+def test_conversation_is_split_behind_the_prompt(tiny: PreTrainedTokenizerBase) -> None:
+    prompt_ids, answer_ids = split_conversation("Q?", "<answer> é\n5 </answer>", tiny)
+    assert prompt_ids == tokenize_with_image(build_prompt("Q?", instruction=""), tiny)
+    assert tiny.decode(answer_ids) == " <answer> é\n5 </answer><|endoftext|>"
+    assert prompt_ids.count(IMAGE_TOKEN_INDEX) == 1
 
 
 @pytest.mark.parametrize("answer", ["5", "yes", "\nyes", "  yes", "<think>"])
-def test_boundary_follows_the_prompt_for_any_first_character(tiny: PreTrainedTokenizerBase, answer: str) -> None:
-    input_ids, labels = build_sft_example("Q?", answer, tiny)
-    supervised = [label for label in labels if label != IGNORE_INDEX]
-    assert tiny.decode(supervised) == f" {answer}<|endoftext|>"
-    assert labels[-len(supervised) :] == input_ids[-len(supervised) :]
+def test_border_follows_the_prompt_for_any_first_character(tiny: PreTrainedTokenizerBase, answer: str) -> None:
+    assert tiny.decode(split_conversation("Q?", answer, tiny)[1]) == f" {answer}<|endoftext|>"
 
 
 @pytest.mark.parametrize(
@@ -142,21 +139,13 @@ def test_boundary_follows_the_prompt_for_any_first_character(tiny: PreTrainedTok
         ("Q?", "see <image>", "holds '<image>'"),
     ],
 )
-def test_untrustworthy_boundary_is_reported_or_blanked(
+def test_untrustworthy_border_is_reported(
     tiny: PreTrainedTokenizerBase, question: str, answer: str, reason: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        build_sft_example(question, answer, tiny, origin="rows.json[3]")
+        split_conversation(question, answer, tiny, origin="rows.json[3]")
     assert str(caught.value).startswith("rows.json[3]: ")
     assert reason in str(caught.value)
-    input_ids, labels = build_sft_example(question, answer, tiny, on_mismatch="blank")
-    assert labels == [IGNORE_INDEX] * len(input_ids)
-    assert len(input_ids) > 10
-
-
-def test_unknown_mismatch_rule_is_refused(tiny: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match="on_mismatch is 'ignore'"):
-        build_sft_example("Q?", "A", tiny, on_mismatch="ignore")
 
 
 TEXTS = [

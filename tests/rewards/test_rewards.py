@@ -13,20 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastr1.rewards.functions import (
-    accuracy_reward,
-    format_reward,
-    multiple_choice_accuracy,
-    think_format,
-    tinyllava_video_r1,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from shared_data import shared_path
 
-from fastr1.config import RewardConfig
-from fastr1.rewards import RewardError, build_scorer, extract_answer_letter
+from fastr1.config import ConfigError, RewardConfig
+from fastr1.rewards import RewardError, build_scorer
+from fastr1.rewards.answers import extract_answer_letter
+from fastr1.rewards.multiple_choice_accuracy import multiple_choice_accuracy
+from fastr1.rewards.think_format import think_format
+from fastr1.rewards.tinyllava_video_r1 import accuracy_reward, format_reward, tinyllava_video_r1
 from fastr1.schema import Sample
 
 CODE = RewardConfig(mode="code")
@@ -35,9 +32,9 @@ SOLUTION = "<answer>C</answer>"
 F1 = 0.5 + 0.5 / 1200  # format reward of one character of thought
 
 
-def sample(line: int = 1, solution: str = SOLUTION) -> Sample:
+def sample(line: int = 1, letter: str = "C") -> Sample:
     problem = "Which?\nOptions:\nA. u\nB. v\nC. w\nD. x\nE. y"
-    return Sample(str(line), problem, solution, Path("/videos/a.mp4"), f"rows.jsonl:{line}")
+    return Sample(str(line), problem, "ABCDE", letter, Path("/videos/a.mp4"), f"rows.jsonl:{line}")
 
 
 # completion → accuracy, format, reward by the code, reward by the paper; the truth is C
@@ -89,7 +86,7 @@ def test_code_mode_matches_recorded_rewards() -> None:
     rows = json.loads(shared_path("fixtures/tinyllava/rewards.json").read_text())
     assert len(rows) > 20
     scored = build_scorer(CODE).score(
-        [row["completion"] for row in rows], [sample(i, row["solution"]) for i, row in enumerate(rows)]
+        [row["completion"] for row in rows], [sample(i, row["solution"][len("<answer>")]) for i, row in enumerate(rows)]
     )
     for name, column in (
         ("accuracy_reward", "accuracy"),
@@ -103,7 +100,7 @@ def test_code_mode_matches_recorded_rewards() -> None:
 def test_code_mode_matches_recorded_group() -> None:
     grpo = json.loads(shared_path("fixtures/tinyllava/group_expected.json").read_text())["grpo"]["grpo"]
     tensors = load_file(shared_path("fixtures/tinyllava/group_expected.safetensors"))
-    samples = [sample(1, grpo["record"]["solution"])] * len(grpo["completions"])
+    samples = [sample(1, grpo["record"]["solution"][len("<answer>")])] * len(grpo["completions"])
     scored = build_scorer(CODE).score(grpo["completions"], samples)
     assert scored.rewards == pytest.approx(tensors["grpo.rewards"].tolist(), abs=1e-6)
     per_function = torch.tensor([scored.parts["accuracy_reward"], scored.parts["format_reward"]]).T
@@ -175,14 +172,11 @@ def test_degenerate_completions_cost_little() -> None:
 
 def test_multiple_choice_accuracy_reads_like_the_evaluation() -> None:
     for completion, expected in (("<answer>(c)</answer>", 1.0), ("<answer>B</answer>", 0.0), ("C", 0.0), ("", 0.0)):
-        assert multiple_choice_accuracy(completion, SOLUTION) == expected
-    two = Sample("1", "Q\nOptions:\nA. x\nB. y", "<answer>B</answer>", Path("a.mp4"), "rows.jsonl:1")
+        assert multiple_choice_accuracy(completion, "C") == expected
+    two = Sample("1", "Q\nOptions:\nA. x\nB. y", "AB", "B", Path("a.mp4"), "rows.jsonl:1")
     scorer = build_scorer(RewardConfig(functions=("multiple_choice_accuracy",)))
     # "E" is no option here, so the reading goes on to "(B)"
     assert scorer.score(["<answer>Either (B)</answer>", "<answer>A</answer>"], [two, two]).rewards == [1.0, 0.0]
-    unlabelled = Sample("1", "Q", "<answer>B</answer>", Path("a.mp4"), "rows.jsonl:1")
-    with pytest.raises(RewardError, match=r"names none of the options.*rows\.jsonl:1"):
-        scorer.score(["<answer>B</answer>"], [unlabelled])
 
 
 @pytest.fixture
@@ -284,11 +278,11 @@ def test_one_sample_per_completion_is_required() -> None:
     [
         ({"functions": ("tinyllava_video_r",)}, "did you mean 'tinyllava_video_r1'?"),
         ({"functions": ("length",)}, "unknown reward function 'length'; built in are tinyllava_video_r1"),
-        ({"functions": ()}, "reward.functions is empty"),
+        ({"functions": ()}, "reward.functions is []; it must be a list of at least one"),
         ({"functions": ("think_format", "think_format")}, "names a function twice"),
-        ({"weights": (1.0, 2.0)}, "reward.weights has 2 numbers for 1 functions"),
-        ({"weights": (float("nan"),)}, "the weight of 'tinyllava_video_r1' in reward.weights is nan"),
-        ({"mode": "papr"}, "did you mean 'paper'?"),
+        ({"weights": (1.0, 2.0)}, "reward.weights has 2 numbers for 1 reward.functions"),
+        ({"weights": (float("nan"),)}, "reward.weights is [nan]; it must be finite"),
+        ({"mode": "papr"}, "reward.mode is 'papr'; choose from code, paper"),
         ({"base": float("inf")}, "reward.base is inf"),
         ({"max_think_chars": 0}, "reward.max_think_chars is 0"),
         ({"functions": ("no_such_module_here:f",)}, "put the folder of 'no_such_module_here' on PYTHONPATH"),
@@ -305,6 +299,6 @@ def test_bad_configuration_is_refused_at_build(user_module: ModuleType, changes:
         return [0.0 for _ in completions]
 
     vars(user_module).update(length=length, two=two, CONSTANT=3)
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises((RewardError, ConfigError)) as caught:
         build_scorer(RewardConfig(**changes))
     assert message in str(caught.value)

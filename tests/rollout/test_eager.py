@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from shared_data import shared_path
 from trainer_toys import INSTRUCTION, build_model, build_tokenizer, problem
 
-from fastr1.models import TinyLlavaVideo, load_model
+from fastr1.models import load_model, load_processor
+from fastr1.models.tinyllava import TinyLlavaProcessor, TinyLlavaVideo
 from fastr1.models.tinyllava.prompts import build_prompt, tokenize_with_image
-from fastr1.models.tinyllava.tokenizer import load_tokenizer
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.rollout.noise import completion_keys, gumbel_noise
 from fastr1.schema import Rollout
@@ -29,6 +29,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer) -> TinyLlavaVideo:
     return build_model(tokenizer, eos_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def processor(model, tokenizer) -> TinyLlavaProcessor:
+    return TinyLlavaProcessor(tokenizer, model.config)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def videos(model) -> list[torch.Tensor]:
 def generate_greedily(model: TinyLlavaVideo, prompt: torch.Tensor, video: torch.Tensor, eos: int) -> list[int]:
     """The oracle: transformers' own loop, one unpadded prompt at a time; ends at the first end-of-sequence token."""
     with torch.no_grad():
-        embeds = model.embed_prompt(prompt, model.connect(video))[None]
+        embeds = model.embed_prompt(prompt, model.visual_tokens([video])[0])[None]
         out = model.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -66,18 +71,20 @@ def kept(rollout: Rollout, row: int) -> list[int]:
     return rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
 
 
-def draw(model, tokenizer, prompts, videos, **kwargs) -> Rollout:
+def draw(model, processor, prompts, videos, **kwargs) -> Rollout:
     params = SamplingParams(**{"max_completion_length": LENGTH, **kwargs.pop("params", {})})
-    return sample_completions(model, tokenizer, prompts, videos, params, **kwargs)
+    return sample_completions(model, processor, prompts, videos, params, **kwargs)
 
 
 # Greedy
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
-def test_greedy_equals_generate_on_ragged_prompts(model, tokenizer, prompts, videos, group) -> None:
-    rollout = draw(model, tokenizer, prompts, videos, params={"temperature": 0}, num_generations=group)
-    expected = [generate_greedily(model, p, v, tokenizer.eos_token_id) for p, v in zip(prompts, videos, strict=True)]
+def test_greedy_equals_generate_on_ragged_prompts(model, processor, prompts, videos, group) -> None:
+    rollout = draw(model, processor, prompts, videos, params={"temperature": 0}, num_generations=group)
+    expected = [
+        generate_greedily(model, p, v, processor.end_token_ids[0]) for p, v in zip(prompts, videos, strict=True)
+    ]
     assert len({tuple(ids) for ids in expected}) == 4
     for row in range(4 * group):
         assert kept(rollout, row) == expected[row // group]
@@ -87,29 +94,29 @@ def test_greedy_equals_generate_on_ragged_prompts(model, tokenizer, prompts, vid
 def test_greedy_equals_recorded_tokens_and_generate_on_conformance_model(group) -> None:
     folder = shared_path("fixtures/tinyllava/group")
     expected = load_file(shared_path("fixtures/tinyllava/group_expected.safetensors"))
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, processor = load_model(folder, dtype=torch.float32), load_processor(folder)
     prompts = [expected["prompt_ids"], expected["prompt_ids"][8:], expected["prompt_ids"][:-5]]
     with torch.no_grad():
         features = model.encode(expected["pixel_values"])
     videos = [features, features.flip(0), features]
-    rollout = draw(model, tokenizer, prompts, videos, params={"temperature": 0}, num_generations=group)
+    rollout = draw(model, processor, prompts, videos, params={"temperature": 0}, num_generations=group)
     for row in range(group):
         assert kept(rollout, row) == expected["greedy_ids"].flatten().tolist()
     for row in range(3 * group):
         i = row // group
-        assert kept(rollout, row) == generate_greedily(model, prompts[i], videos[i], tokenizer.eos_token_id)
+        assert kept(rollout, row) == generate_greedily(model, prompts[i], videos[i], processor.end_token_ids[0])
 
 
 # Draws
 
 
-def test_draws_depend_on_neither_batching_nor_order(model, tokenizer, prompts, videos) -> None:
+def test_draws_depend_on_neither_batching_nor_order(model, processor, prompts, videos) -> None:
     keys = [11, 5, 8, 3]
-    together = draw(model, tokenizer, prompts, videos, num_generations=3, seed=4, prompt_keys=keys)
+    together = draw(model, processor, prompts, videos, num_generations=3, seed=4, prompt_keys=keys)
     order = [2, 0, 3, 1]
     shuffled = draw(
         model,
-        tokenizer,
+        processor,
         [prompts[i] for i in order],
         [videos[i] for i in order],
         num_generations=3,
@@ -118,7 +125,7 @@ def test_draws_depend_on_neither_batching_nor_order(model, tokenizer, prompts, v
     )
     texts = set()
     for i in range(4):
-        alone = draw(model, tokenizer, [prompts[i]], [videos[i]], num_generations=3, seed=4, prompt_keys=[keys[i]])
+        alone = draw(model, processor, [prompts[i]], [videos[i]], num_generations=3, seed=4, prompt_keys=[keys[i]])
         for g in range(3):
             expected = kept(alone, g)
             assert kept(together, 3 * i + g) == expected
@@ -127,27 +134,27 @@ def test_draws_depend_on_neither_batching_nor_order(model, tokenizer, prompts, v
     assert len(texts) == 12
 
 
-def test_draws_of_a_smaller_group_are_the_first_of_a_larger_one(model, tokenizer, prompts, videos) -> None:
-    large = draw(model, tokenizer, prompts[:1], videos[:1], num_generations=5)
-    small = draw(model, tokenizer, prompts[:1], videos[:1], num_generations=2)
+def test_draws_of_a_smaller_group_are_the_first_of_a_larger_one(model, processor, prompts, videos) -> None:
+    large = draw(model, processor, prompts[:1], videos[:1], num_generations=5)
+    small = draw(model, processor, prompts[:1], videos[:1], num_generations=2)
     assert [kept(small, g) for g in range(2)] == [kept(large, g) for g in range(2)]
 
 
-def test_seed_and_key_change_the_draws(model, tokenizer, prompts, videos) -> None:
+def test_seed_and_key_change_the_draws(model, processor, prompts, videos) -> None:
     rollouts = [
-        draw(model, tokenizer, prompts[:1], videos[:1], seed=seed, prompt_keys=[key])
+        draw(model, processor, prompts[:1], videos[:1], seed=seed, prompt_keys=[key])
         for seed, key in ((0, 0), (1, 0), (0, 1), (-1, 0))
     ]
     assert len({tuple(kept(rollout, 0)) for rollout in rollouts}) == 4
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_first_tokens_follow_softmax(model, tokenizer, prompts, videos, temperature) -> None:
+def test_first_tokens_follow_softmax(model, processor, prompts, videos, temperature) -> None:
     """Chi-square over the 12 likeliest tokens and the rest, with 6,000 draws; 99.9 % quantile of 12 degrees: 32.9."""
     num_draws, top = 6000, 12
     rollout = draw(
         model,
-        tokenizer,
+        processor,
         prompts[:1],
         videos[:1],
         params={"max_completion_length": 1, "temperature": temperature},
@@ -165,7 +172,7 @@ def test_first_tokens_follow_softmax(model, tokenizer, prompts, videos, temperat
     assert ((observed - expected) ** 2 / expected).sum() < 32.9
 
 
-def test_top_k_and_top_p_restrict_the_draws(model, tokenizer, prompts, videos) -> None:
+def test_top_k_and_top_p_restrict_the_draws(model, processor, prompts, videos) -> None:
     with torch.no_grad():
         one = torch.zeros(1, 1, dtype=torch.long)
         logits = model(prompts[:1], videos[:1], one, torch.ones(1, 1, dtype=torch.bool))[0, 0]
@@ -175,7 +182,7 @@ def test_top_k_and_top_p_restrict_the_draws(model, tokenizer, prompts, videos) -
     for params, allowed in (({"top_k": 4}, order[:4]), ({"top_p": top_p}, order[:nucleus])):
         rollout = draw(
             model,
-            tokenizer,
+            processor,
             prompts[:1],
             videos[:1],
             params={"max_completion_length": 1, **params},
@@ -192,8 +199,8 @@ def test_top_k_and_top_p_restrict_the_draws(model, tokenizer, prompts, videos) -
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampler_logps_equal_those_of_the_training_forward(model, tokenizer, prompts, videos, temperature) -> None:
-    rollout = draw(model, tokenizer, prompts, videos, params={"temperature": temperature}, num_generations=3)
+def test_sampler_logps_equal_those_of_the_training_forward(model, processor, prompts, videos, temperature) -> None:
+    rollout = draw(model, processor, prompts, videos, params={"temperature": temperature}, num_generations=3)
     with torch.no_grad():
         logits = model(prompts, videos, rollout.completion_ids, rollout.completion_mask)
     logps = selective_log_softmax(logits, rollout.completion_ids, temperature=temperature)
@@ -202,9 +209,9 @@ def test_sampler_logps_equal_those_of_the_training_forward(model, tokenizer, pro
     assert (rollout.sampler_logps[~mask] == 0).all()
 
 
-def test_mask_stops_at_the_first_end_of_sequence(model, tokenizer, prompts, videos) -> None:
-    eos = tokenizer.eos_token_id
-    rollout = draw(model, tokenizer, prompts, videos, num_generations=6)
+def test_mask_stops_at_the_first_end_of_sequence(model, processor, prompts, videos) -> None:
+    eos = processor.end_token_ids[0]
+    rollout = draw(model, processor, prompts, videos, num_generations=6)
     finished = 0
     for row in range(24):
         ids, length = kept(rollout, row), int(rollout.completion_mask[row].sum())
@@ -212,21 +219,21 @@ def test_mask_stops_at_the_first_end_of_sequence(model, tokenizer, prompts, vide
         assert eos not in ids[:-1]
         assert bool(rollout.is_truncated[row]) == (ids[-1] != eos)
         assert length == LENGTH if rollout.is_truncated[row] else length <= LENGTH
-        assert (rollout.completion_ids[row][length:] == tokenizer.pad_token_id).all()
-        assert rollout.texts[row] == tokenizer.decode([i for i in ids if i != eos]).strip()
+        assert (rollout.completion_ids[row][length:] == processor.pad_token_id).all()
+        assert rollout.texts[row] == processor.tokenizer.decode([i for i in ids if i != eos]).strip()
         finished += ids[-1] == eos
     assert 0 < finished < 24
 
 
-def test_sampling_ends_early_once_every_completion_has(model, tokenizer, prompts, videos) -> None:
-    short = [key for key in range(40) if not _is_truncated(model, tokenizer, prompts, videos, key)]
+def test_sampling_ends_early_once_every_completion_has(model, processor, prompts, videos) -> None:
+    short = [key for key in range(40) if not _is_truncated(model, processor, prompts, videos, key)]
     assert short
-    rollout = draw(model, tokenizer, prompts[:1], videos[:1], prompt_keys=short[:1])
+    rollout = draw(model, processor, prompts[:1], videos[:1], prompt_keys=short[:1])
     assert rollout.completion_ids.shape[1] == int(rollout.completion_mask.sum()) < LENGTH
 
 
-def _is_truncated(model, tokenizer, prompts, videos, key: int) -> bool:
-    rollout = draw(model, tokenizer, prompts[:1], videos[:1], params={"max_completion_length": 8}, prompt_keys=[key])
+def _is_truncated(model, processor, prompts, videos, key: int) -> bool:
+    rollout = draw(model, processor, prompts[:1], videos[:1], params={"max_completion_length": 8}, prompt_keys=[key])
     return bool(rollout.is_truncated[0])
 
 

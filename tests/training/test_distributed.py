@@ -25,7 +25,7 @@ from distributed_toys import (
     train_plain,
 )
 
-from fastr1.config import OptimConfig
+from fastr1.config import ConfigError, OptimConfig
 from fastr1.training.distributed import (
     DistributedError,
     DistributedModel,
@@ -242,13 +242,13 @@ def test_step_without_backward_is_an_error() -> None:
         ({"optimizer": {"type": "AdamW"}}, torch.float32, "optim.learning_rate"),
         ({"bf16": {"enabled": True}}, torch.bfloat16, "model.dtype"),
         ({"zero_optimization": {"stage": 4}}, torch.float32, "stage is 4"),
-        ({"zero_optimization": {"stage": 0}}, torch.bfloat16, "set deepspeed.zero_optimization.stage to 1"),
+        ({"zero_optimization": {"stage": 0}}, torch.bfloat16, "choose stage 1"),
         ({"zero_optimization": {"compute_grad_norm": False}}, torch.float32, "compute_grad_norm"),
         ({}, torch.float16, "torch.float16"),
     ],
 )
 def test_impossible_configurations_are_refused(config: dict[str, Any], dtype: torch.dtype, message: str) -> None:
-    with pytest.raises(DistributedError, match=message):
+    with pytest.raises((ConfigError, DistributedError), match=message):
         build_deepspeed_config(config, OPTIM, dtype)
 
 

@@ -273,16 +273,17 @@ def test_skipped_video_contributes_nothing(world: Path, tmp_path: Path, loss_typ
             samples = run.samples[:num_samples]
             pixels: list[torch.Tensor | None] = [torch.full((4, 3, 28, 28), 0.1 * i) for i in range(3)]
             pixels += [None] * (num_samples - 3)
-            update = Update(1, samples, list(range(num_samples)), pixels)
+            places = list(range(num_samples))
+            update = Update(1, samples, places, places, pixels)
             metrics, _ = GRPOTrainer(run).step(update)
-            states.append((run.engine.consolidated_state_dict(), metrics))
+            states.append((run.distributed.consolidated_state_dict(), metrics))
     assert_same(states[0][0], states[1][0])
     assert states[0][1] == pytest.approx(states[1][1], rel=1e-5, abs=1e-6)
 
 
 def test_update_without_any_video_is_an_error(world: Path, tmp_path: Path) -> None:
     with TrainingRun[Sample](make_config(world, tmp_path), load_questions) as run:
-        update = Update(7, run.samples[:2], [0, 1], [None, None])
+        update = Update(7, run.samples[:2], [0, 1], [0, 1], [None, None])
         with pytest.raises(DataError, match=r"update 7: no video could be decoded.*0\.mp4"):
             GRPOTrainer(run).step(update)
 

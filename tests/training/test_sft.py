@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from trainer_toys import NUM_SAMPLES, exported, make_config, metrics_of, write_world
 
 from fastr1.models import load_model
+from fastr1.models.family import read_config
+from fastr1.models.tinyllava import TinyLlavaProcessor
+from fastr1.models.tinyllava.config import parse_config
 from fastr1.models.tinyllava.tokenizer import load_tokenizer
 from fastr1.schema import DataError, SftSample
-from fastr1.training.sft import answer_logps, build_example, run_sft
+from fastr1.training.sft import answer_logps, run_sft
 
 FIXTURE = "fixtures/tinyllava/"
 
@@ -39,21 +43,28 @@ def original_samples() -> tuple[list[SftSample], dict[str, Any]]:
     return samples, content["expected"]
 
 
+def processor_with_limit(folder: Path, max_length: int | None) -> TinyLlavaProcessor:
+    """The processor of a model folder, with another maximum length."""
+    config = parse_config(read_config(folder), where="config.json")
+    limit = config.max_length if max_length is None else max_length
+    return TinyLlavaProcessor(load_tokenizer(folder), dataclasses.replace(config, max_length=limit))
+
+
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut at 317 positions"])
 def test_losses_match_the_original(cut: bool) -> None:
     samples, expected = original_samples()
     folder = shared_path(FIXTURE + "group")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    limit = expected["truncated"]["tokenizer_model_max_length"] if cut else model.config.max_length
+    limit = expected["truncated"]["tokenizer_model_max_length"] if cut else None
+    model, processor = load_model(folder), processor_with_limit(folder, limit)
     pixels = load_file(shared_path(FIXTURE + "group_expected.safetensors"))["pixel_values"]
-    queries = model.config.num_queries
-    examples = [build_example(s, tokenizer, num_visual_tokens=queries, max_length=limit) for s in samples]
-    ids = pad_sequence([e.answer_ids for e in examples], batch_first=True, padding_value=tokenizer.pad_token_id)
-    lengths = torch.tensor([len(e.answer_ids) for e in examples])
+    examples = [processor.conversation_ids(s.question, s.answer, origin=s.origin) for s in samples]
+    answers = [answer_ids for _, answer_ids in examples]
+    ids = pad_sequence(answers, batch_first=True, padding_value=processor.pad_token_id)
+    lengths = torch.tensor([len(answer_ids) for answer_ids in answers])
     mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
     with torch.no_grad():
         features = model.encode(pixels)
-        prompts = [e.prompt_ids for e in examples]
+        prompts = [prompt_ids for prompt_ids, _ in examples]
         rows = -answer_logps(model(prompts, [features] * len(prompts), ids, mask, share_prefix=False), ids, mask)
     batch_loss = ((rows * lengths).sum() / lengths.sum()).item()  # the original weighs every token alike
     if cut:
@@ -131,14 +142,11 @@ def test_answer_that_cannot_be_separated(world: Path, tmp_path: Path) -> None:
         assert skipped[name] == pytest.approx(without[name], rel=1e-5)
 
 
-def test_prompt_that_fills_the_context_is_an_error() -> None:
-    from trainer_toys import build_tokenizer
-
-    sample = SftSample("1", "What is it?", "<answer> A </answer>", Path("none.mp4"), "file.json[1]")
-    tokenizer = build_tokenizer()
-    example = build_example(sample, tokenizer, num_visual_tokens=4, max_length=512)
-    positions = len(example.prompt_ids) - 1 + 4
-    cut = build_example(sample, tokenizer, num_visual_tokens=4, max_length=positions + 2)
-    assert cut.answer_ids.tolist() == example.answer_ids.tolist()[:2]
+def test_prompt_that_fills_the_context_is_an_error(world: Path) -> None:
+    turn = {"question": "What is it?", "answer": "<answer> A </answer>", "origin": "file.json[1]"}
+    prompt_ids, answer_ids = processor_with_limit(world / "base", None).conversation_ids(**turn)
+    positions = len(prompt_ids) - 1 + 4
+    _, cut = processor_with_limit(world / "base", positions + 2).conversation_ids(**turn)
+    assert cut.tolist() == answer_ids.tolist()[:2]
     with pytest.raises(DataError, match=rf"file\.json\[1\]: the prompt has {positions} positions"):
-        build_example(sample, tokenizer, num_visual_tokens=4, max_length=positions)
+        processor_with_limit(world / "base", positions).conversation_ids(**turn)
