@@ -187,7 +187,7 @@ def test_the_check_for_spills_can_fail(
 ) -> None:
     target(90)
     starved = {"BLOCK": 8192, "num_warps": 4, "maxnreg": 32}
-    monkeypatch.setattr("fastr1_kernels.logps_triton.row_launch_config", lambda vocabulary: starved)
+    monkeypatch.setattr("fastr1_kernels.gpu.rows.row_launch_config", lambda vocabulary: starved)
     selective_log_softmax(logits_of((2, VOCABULARY), torch.bfloat16), torch.zeros(2, dtype=torch.long))
     with pytest.raises(AssertionError, match="score_rows_kernel spills on sm_90"):
         check(launches, 90, tmp_path)

@@ -32,7 +32,7 @@ def on(device: str, layout: dict[str, Any]) -> dict[str, Any]:
 def test_advantages_match_the_reference(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], scale: str, leave_one_out: bool
 ) -> None:
-    monkeypatch.setattr("fastr1_kernels.advantages_triton.BLOCK_REWARDS", 16)
+    monkeypatch.setattr("fastr1_kernels.gpu.advantages.BLOCK_REWARDS", 16)
     rewards = rand(36).float()
     rewards[7::13] = NAN
     ids = layout.get("group_ids", torch.arange(36) // 18)

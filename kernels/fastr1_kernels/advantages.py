@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_advantage_options, check_groups
 from .dispatch import rewards_use_triton
-from .validation import check_advantage_options, check_groups
 
 
 def group_advantages(
@@ -45,7 +45,7 @@ def group_advantages(
     check_groups(rewards, num_generations, group_ids)
     check_advantage_options(scale_rewards, eps, noise_std)
     if rewards_use_triton(rewards) and not noise_std:
-        from .advantages_triton import launch_group_advantages  # triton exists on Linux only
+        from .gpu.advantages import launch_group_advantages  # triton exists on Linux only
 
         return launch_group_advantages(rewards, num_generations, group_ids, scale_rewards, eps, leave_one_out)
     if group_ids is None:

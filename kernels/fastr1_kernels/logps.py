@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .checks import check_linear, check_number, check_rows, check_token_ids
 from .dispatch import uses_triton
-from .validation import check_linear, check_number, check_rows, check_token_ids
 
 # One float32 buffer of 1,024 rows and 151,936 columns is 0.6 GB; scoring a chunk holds a handful of them.
 DEFAULT_CHUNK_SIZE = 1024
@@ -51,7 +51,7 @@ def selective_log_softmax(
     check_number("temperature", temperature, above=0)
     check_token_ids(token_ids, logits.shape[-1])
     if uses_triton(logits):
-        from .logps_triton import score_rows  # triton exists on Linux only
+        from .gpu.rows import score_rows  # triton exists on Linux only
 
         logps, entropy = (x.view(token_ids.shape) for x in score_rows(logits, token_ids, temperature=temperature))
     else:

@@ -1,7 +1,7 @@
 """The GRPO family of losses, from logits or straight from hidden states.
 
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
-On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`losses_triton`), else
+On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`), else
 two row launches with torch between them. `linear_grpo_loss`, and `grpo_loss` elsewhere, compute log-probabilities with
 `logps` and reduce them with `reference.policy_loss_from_logps`. `dispatch` is the rule.
 """
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .advantages import group_advantages
-from .dispatch import rewards_use_triton, uses_triton
-from .logps import chunked_linear_logps
-from .validation import (
+from .checks import (
     LossArguments,
     check_groups,
     check_inplace,
@@ -30,6 +28,8 @@ from .validation import (
     check_rows,
     check_token_ids,
 )
+from .dispatch import rewards_use_triton, uses_triton
+from .logps import chunked_linear_logps
 
 _F = TypeVar("_F", bound=Callable[..., "GRPOOutput"])
 
@@ -83,14 +83,13 @@ def grpo_loss(
     if inplace:
         check_inplace(logits, uses_triton(logits))
     if uses_triton(logits):
-        from . import logps_triton, losses_triton  # triton exists on Linux only
+        from .gpu import loss  # triton exists on Linux only
+        from .gpu import rows as row_kernels
 
         if _is_one_launch(arguments):
             advantages = None if _kernel_advantages(arguments) else _advantages(arguments)
-            return GRPOOutput(
-                *losses_triton.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace)
-            )
-        scores = logps_triton.score_rows(logits, token_ids, mask, temperature=arguments.temperature, inplace=inplace)
+            return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace))
+        scores = row_kernels.score_rows(logits, token_ids, mask, temperature=arguments.temperature, inplace=inplace)
         logps, entropy = (x[mask.reshape(-1)] for x in scores)
         return _reduce(logps, entropy, token_ids, mask, arguments)
     rows = _select(logits, arguments.mask, mask)

@@ -1,7 +1,7 @@
 """The GRPO loss of logits in one launch: value, metrics and the gradient of the logits, one program per token.
 
-A program reads its row once (`score_row` of logps_triton: maximum, log-sum, logp, entropy H), does the scalar work of
-its token (policy_triton: f and its derivative f' by logp, kl and kl', sampler weight w), and walks the row a second
+A program reads its row once (`score_row` of rows: maximum, log-sum, logp, entropy H), does the scalar work of
+its token (policy: f and its derivative f' by logp, kl and kl', sampler weight w), and walks the row a second
 time to write the gradient, in place if asked:
     loss of the token = W_b·(w·f + β·kl - c·H)    ∂/∂logp = W_b·(w·f' + β·kl')    ∂/∂H = -W_b·c
 W_b, the weight of every token of sequence b, holds the denominators (per-sequence count, normalizer, maximal length);
@@ -28,10 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .advantages_triton import BLOCK_REWARDS, reward_advantage
-from .dispatch import device_of
-from .logps_triton import (
+from .. import reference
+from ..checks import LossArguments
+from ..dispatch import device_of
+from ..reference import Metrics
+from .advantages import BLOCK_REWARDS, reward_advantage
+from .policy import kl_term, policy_term, sampler_term
+from .rows import (
     as_grid,
     row_base,
     row_launch_config,
@@ -40,9 +43,6 @@ from .logps_triton import (
     write_row_gradient,
     write_row_zeros,
 )
-from .policy_triton import kl_term, policy_term, sampler_term
-from .reference import Metrics
-from .validation import LossArguments
 
 # Rows of the per-token output; all but the last are summed.
 TERMS = ("loss", "ratio", "clip_low", "clip_high", "sampler_weight", "kl", "entropy", "logp")

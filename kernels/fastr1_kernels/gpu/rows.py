@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import device_of
+from ..dispatch import device_of
 
 LANE = 8  # columns of a lane: one 16-byte load of half-precision logits
 

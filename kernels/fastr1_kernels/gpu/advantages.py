@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import device_of
+from ..dispatch import device_of
 
 BLOCK_REWARDS = 128
 
