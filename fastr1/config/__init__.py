@@ -14,6 +14,7 @@ from fastr1.config.fields import (
     TrainConfig,
 )
 from fastr1.config.loading import config_to_dict, load_config, save_config
+from fastr1.config.losses import loss_options
 
 __all__ = [
     "INSTRUCTION",
@@ -33,6 +34,7 @@ __all__ = [
     "check_value",
     "config_to_dict",
     "load_config",
+    "loss_options",
     "save_config",
     "without_auto",
 ]

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
-from fastr1.config.fields import ModelPart, RewardConfig, TrainConfig, choices_of
+from fastr1.config.fields import GRPOConfig, ModelPart, RewardConfig, TrainConfig, choices_of
+from fastr1.config.losses import loss_options
 
 
 class ConfigError(ValueError):
@@ -55,9 +56,6 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.temperature": _ABOVE_ZERO,
     "grpo.top_k": (lambda value: value >= 0, "0 or more; 0 samples from the full vocabulary"),
     "grpo.top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
-    "grpo.beta": _AT_LEAST_ZERO,
-    "grpo.epsilon": _AT_LEAST_ZERO,
-    "grpo.epsilon_high": _AT_LEAST_ZERO,
     "grpo.advantage_eps": _ABOVE_ZERO,
     "grpo.advantage_noise_std": _AT_LEAST_ZERO,
     "optim.learning_rate": _AT_LEAST_ZERO,
@@ -91,6 +89,7 @@ def check_config(config: TrainConfig) -> None:
     for key, value in _settings(config):
         check_value(key, value)
     check_reward(config.reward)
+    _check_loss(config.grpo)
     _check_conflicts(config)
     check_deepspeed(config.deepspeed, config.model.dtype)
 
@@ -195,7 +194,7 @@ def _show(value: Any) -> str:
 
 def _check_conflicts(config: TrainConfig) -> None:
     """Settings that are fine alone but would contradict or silently disable each other together."""
-    data, grpo, run = config.data, config.grpo, config.run
+    data, run = config.data, config.run
     if set(config.model.freeze) == set(get_args(ModelPart)):
         raise ConfigError(f"model.freeze is {list(config.model.freeze)}; nothing is left to train, remove one")
     if data.max_frames is not None and data.num_frames != -1:
@@ -203,27 +202,21 @@ def _check_conflicts(config: TrainConfig) -> None:
             f"data.max_frames is {data.max_frames} but data.num_frames is {data.num_frames}; the cap belongs to "
             "one frame per second: set data.num_frames to -1 or data.max_frames to null"
         )
-    upper = "epsilon" if grpo.epsilon_high is None else "epsilon_high"
-    if grpo.delta is not None and grpo.delta <= 1 + getattr(grpo, upper):
-        raise ConfigError(
-            f"grpo.delta is {grpo.delta}; it bounds the ratio from above and must be more than 1 + grpo.{upper} = "
-            f"{1 + getattr(grpo, upper)}"
-        )
-    if grpo.loss_type == "tinyllava_video_r1":
-        _refuse_clipping_options(config)
     if run.eval_steps > 0 and data.eval_file is None:
         raise ConfigError(
             f"run.eval_steps is {run.eval_steps} but data.eval_file is not set; set it or run.eval_steps to 0"
         )
 
 
-def _refuse_clipping_options(config: TrainConfig) -> None:
-    """The loss of the original has no ratio to clip, so options about the ratio would have no effect."""
-    defaults = type(config.grpo)()
-    for name in ("epsilon", "epsilon_high", "delta", "importance_sampling_level"):
-        value = getattr(config.grpo, name)
-        if value != getattr(defaults, name):
-            raise ConfigError(
-                f"grpo.{name} is {value!r} but grpo.loss_type 'tinyllava_video_r1' does not clip; remove it or choose "
-                "the loss type grpo"
-            )
+def _check_loss(grpo: GRPOConfig) -> None:
+    """The rules of the loss's own package, in the words of the configuration; and one of on-policy training."""
+    options = loss_options(grpo)
+    try:
+        options.check()
+    except ValueError as error:
+        raise ConfigError(f"grpo.{error}") from None
+    if options.loss.objective != "clipped" and grpo.epsilon != GRPOConfig.epsilon:
+        raise ConfigError(
+            f"grpo.epsilon={grpo.epsilon!r} has no effect on grpo.loss_type={grpo.loss_type!r}, which does not clip: "
+            "leave it out, or use 'grpo'"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastr1.config import TrainConfig
+from fastr1.config import TrainConfig, loss_options
 from fastr1.data.questions import load_questions
 from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
@@ -45,6 +45,7 @@ class GRPOTrainer:
         self.distributed = run.distributed
         self.timer = run.timer
         self.scorer = build_scorer(run.config.reward)
+        self.loss_options = loss_options(self.grpo)
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
         # All of them now: a prompt that is too long is an error at the start, not hours into the run.
         instruction = run.config.data.instruction
@@ -168,22 +169,14 @@ class GRPOTrainer:
         )
 
     def _compute_loss(self, logits: torch.Tensor, batch: Batch, completions: slice, normalizer: float) -> GRPOOutput:
-        grpo = self.grpo
         return grpo_loss(
             logits,
             batch.rollout.completion_ids[completions],
             mask=batch.loss_mask[completions],
             advantages=batch.advantages[completions],
             ref_logps=None if batch.ref_logps is None else batch.ref_logps[completions],
-            loss_type=grpo.loss_type,
-            beta=grpo.beta,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon_high,
-            delta=grpo.delta,
-            importance_sampling_level=grpo.importance_sampling_level,
-            temperature=grpo.temperature,
-            max_completion_length=grpo.max_completion_length,
             normalizer=normalizer,
+            options=self.loss_options,
         )
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[slice, slice]]:
@@ -193,8 +186,8 @@ class GRPOTrainer:
             yield prompts, slice(prompts.start * group, prompts.stop * group)
 
     def _normalizer(self, batch: Batch) -> float:
-        """The global denominator: loss tokens for dapo and bnpo, completions for the other losses; at least 1."""
-        if self.grpo.loss_type in ("dapo", "bnpo"):
+        """The global denominator, of what the loss counts: its loss tokens or its completions; at least 1."""
+        if self.loss_options.loss.counts == "tokens":
             local = batch.loss_mask.sum()
         else:
             local = batch.is_valid.sum() * self.grpo.num_generations

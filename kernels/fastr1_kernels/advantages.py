@@ -1,4 +1,4 @@
-"""Group-relative advantages."""
+"""Group-relative advantages: the public door, and its rule of dispatch for the losses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_advantage_options, check_groups
 from .dispatch import rewards_use_triton
-from .validation import check_advantage_options, check_groups
 
 
 def group_advantages(
@@ -44,10 +44,41 @@ def group_advantages(
     """
     check_groups(rewards, num_generations, group_ids)
     check_advantage_options(scale_rewards, eps, noise_std)
-    if rewards_use_triton(rewards) and not noise_std:
-        from .advantages_triton import launch_group_advantages  # triton exists on Linux only
+    return dispatch_group_advantages(
+        rewards,
+        num_generations,
+        group_ids=group_ids,
+        scale_rewards=scale_rewards,
+        eps=eps,
+        leave_one_out=leave_one_out,
+        noise_std=noise_std,
+        generator=generator,
+    )
 
-        return launch_group_advantages(rewards, num_generations, group_ids, scale_rewards, eps, leave_one_out)
+
+def dispatch_group_advantages(
+    rewards: Tensor,
+    num_generations: int | None,
+    *,
+    group_ids: Tensor | None,
+    scale_rewards: str,
+    eps: float,
+    leave_one_out: bool,
+    noise_std: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`group_advantages` of checked arguments."""
+    if rewards_use_triton(rewards) and not noise_std:
+        from .gpu.advantages import launch_group_advantages  # triton exists on Linux only
+
+        return launch_group_advantages(
+            rewards,
+            num_generations=num_generations,
+            group_ids=group_ids,
+            scale_rewards=scale_rewards,
+            eps=eps,
+            leave_one_out=leave_one_out,
+        )
     if group_ids is None:
         assert num_generations is not None
         group_ids = torch.arange(len(rewards), device=rewards.device) // num_generations

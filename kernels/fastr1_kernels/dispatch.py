@@ -1,4 +1,4 @@
-"""The rule that chooses between the Triton kernels and plain torch.
+"""The rules that choose between the Triton kernels and plain torch.
 
 Triton: float32, bfloat16 and float16 tensors on a GPU; also on a CPU where TRITON_INTERPRET=1 was set before the
 import, which runs the kernels in Python, slowly, for tests. Plain torch: everything else: CPU tensors and float64.
@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from .options import LossOptions
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,6 +25,16 @@ def uses_triton(x: Tensor) -> bool:
 def rewards_use_triton(rewards: Tensor) -> bool:
     """Rewards may also be integers or booleans; float64 rewards keep their precision in torch."""
     return rewards.dtype != torch.float64 and _runs_triton(rewards)
+
+
+def fits_one_launch(options: LossOptions, has_sampler: bool) -> bool:
+    """Whether the loss of every token depends on its own row alone, so that one launch gives loss and gradient."""
+    return (
+        options.importance_sampling_level == "token"
+        and not (has_sampler and options.sampler_correction.startswith("sequence"))
+        and options.off_policy_threshold is None
+        and options.top_entropy_quantile == 1
+    )
 
 
 def _runs_triton(x: Tensor) -> bool:

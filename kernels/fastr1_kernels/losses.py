@@ -1,27 +1,20 @@
-"""The GRPO family of losses, from logits or straight from hidden states.
+"""The GRPO family of losses, from logits or straight from hidden states: the public doors.
 
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
-On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`losses_triton`), else
-two row launches with torch between them. `linear_grpo_loss`, and `grpo_loss` elsewhere, compute log-probabilities with
-`logps` and reduce them with `reference.policy_loss_from_logps`. `dispatch` is the rule.
+On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`), else two
+row launches (`gpu.rows`) with torch between them. On a CPU the reference scores the rows; `linear_grpo_loss` scores
+them in chunks of plain torch everywhere (`chunked`). `dispatch` has the rules, `token_loss` what follows the scores.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import reference
-from .advantages import group_advantages
-from .dispatch import rewards_use_triton, uses_triton
-from .logps import chunked_linear_logps
-from .validation import (
+from .checks import (
     LossArguments,
-    check_groups,
     check_inplace,
     check_layout,
     check_linear,
@@ -30,8 +23,10 @@ from .validation import (
     check_rows,
     check_token_ids,
 )
-
-_F = TypeVar("_F", bound=Callable[..., "GRPOOutput"])
+from .chunked import chunked_linear_logps
+from .dispatch import fits_one_launch, rewards_use_triton, uses_triton
+from .options import LossOptions, choose_options
+from .token_loss import advantages_of, loss_of_tokens
 
 
 class GRPOOutput(NamedTuple):
@@ -44,31 +39,54 @@ class GRPOOutput(NamedTuple):
     advantages: Tensor  # (B,), or the shape of the given advantages
 
 
-def _with_loss_arguments(function: _F) -> _F:
-    """Show the fields of `LossArguments` in help() and in editors in the place of **loss_arguments."""
-    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shared = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(LossArguments).parameters.values()]
-    function.__signature__ = inspect.Signature(own + shared, return_annotation=GRPOOutput)  # type: ignore[attr-defined]
-    return function
-
-
-@_with_loss_arguments
 def grpo_loss(
     logits: Tensor,  # (B, T, V) padded, (N, V) packed; row t predicts token t
     token_ids: Tensor,  # (B, T) padded, (N,) packed with cu_seqlens
     *,
     inplace: bool = False,
-    **loss_arguments: Any,
+    mask: Tensor | None = None,  # as token_ids, True = loss token
+    cu_seqlens: Tensor | None = None,  # (B + 1,), packed only
+    rewards: Tensor | None = None,  # (R,)
+    num_generations: int | None = None,
+    group_ids: Tensor | None = None,  # (R,)
+    sequence_index: Tensor | None = None,  # (B,)
+    advantages: Tensor | None = None,  # (B,) or as token_ids
+    old_logps: Tensor | None = None,  # as token_ids, as the two below
+    ref_logps: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
+    normalizer: float | Tensor | None = None,  # loss tokens or sequences of the whole update
+    options: LossOptions | None = None,  # instead of the keywords below
+    loss_type: str = "dapo",
+    beta: float = 0.0,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    importance_sampling_level: str = "token",
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    max_completion_length: int | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    sampler_correction: str = "token_truncate",
+    sampler_cap: float = 3.0,
+    sampler_floor: float = 0.5,
+    off_policy_threshold: float | None = None,
+    top_entropy_quantile: float = 1.0,
+    scale_rewards: str = "group",
+    advantage_eps: float = 1e-4,
+    leave_one_out: bool = False,
+    temperature: float = 1.0,
 ) -> GRPOOutput:
-    """Per token −min(ratio·A, clip(ratio)·A) + β·KL, reduced as `loss_type` says.
+    """Objective of every loss token plus β·KL, reduced as the row of `loss_type` in `LOSSES` says.
 
-    The other keywords and their defaults are the fields of `LossArguments` and `PolicyOptions`; the formulas are in the
-    README of this package. Exactly one of `rewards` and `advantages` is given. All log-probabilities but those of
-    `logits`, and the advantages, are constants.
+    The keywords from `loss_type` on are the fields of `LossOptions`; `options` gives them all at once. Formulas and the
+    meaning of every keyword are in the README of this package. Exactly one of `rewards` and `advantages` is given. All
+    log-probabilities but those of `logits`, and the advantages, are constants.
 
-    `normalizer` fixes the denominator for an update that is computed in several calls: the number of loss tokens (dapo,
-    where it is required, and bnpo) or of sequences (grpo, dr_grpo, tinyllava_video_r1) of the whole update. The losses
-    of the calls then add up to the loss of one call with everything.
+    `normalizer` fixes the denominator for an update that is computed in several calls: the number of loss tokens or of
+    sequences (`LOSSES[loss_type].counts`) of the whole update. The losses of the calls then add up to the loss of one
+    call with everything.
 
     With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
     one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.
@@ -77,28 +95,54 @@ def grpo_loss(
         ValueError: wrong shapes, dtypes, devices, ids, unknown or contradictory options; `inplace` where the kernels do
             not run, or for logits that are a leaf or overlap themselves.
     """
-    arguments = LossArguments(**loss_arguments)
+    keywords = LossOptions(
+        loss_type=loss_type,
+        beta=beta,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        importance_sampling_level=importance_sampling_level,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        max_completion_length=max_completion_length,
+        log_ratio_clamp=log_ratio_clamp,
+        sampler_correction=sampler_correction,
+        sampler_cap=sampler_cap,
+        sampler_floor=sampler_floor,
+        off_policy_threshold=off_policy_threshold,
+        top_entropy_quantile=top_entropy_quantile,
+        scale_rewards=scale_rewards,
+        advantage_eps=advantage_eps,
+        leave_one_out=leave_one_out,
+        temperature=temperature,
+    )
+    arguments = LossArguments(
+        options=choose_options(options, keywords),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        rewards=rewards,
+        num_generations=num_generations,
+        group_ids=group_ids,
+        sequence_index=sequence_index,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampler_logps=sampler_logps,
+        normalizer=normalizer,
+    )
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
     if inplace:
         check_inplace(logits, uses_triton(logits))
     if uses_triton(logits):
-        from . import logps_triton, losses_triton  # triton exists on Linux only
-
-        if _is_one_launch(arguments):
-            advantages = None if _kernel_advantages(arguments) else _advantages(arguments)
-            return GRPOOutput(
-                *losses_triton.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace)
-            )
-        scores = logps_triton.score_rows(logits, token_ids, mask, temperature=arguments.temperature, inplace=inplace)
-        logps, entropy = (x[mask.reshape(-1)] for x in scores)
-        return _reduce(logps, entropy, token_ids, mask, arguments)
-    rows = _select(logits, arguments.mask, mask)
-    logps, entropy = reference.selective_log_softmax(rows, token_ids[mask].long(), arguments.temperature)
-    return _reduce(logps, entropy, token_ids, mask, arguments)
+        return _loss_in_triton(logits, token_ids, mask, arguments, inplace)
+    rows = _select(logits, mask, arguments)
+    logps, entropy = reference.selective_log_softmax(rows, token_ids[mask].long(), arguments.options.temperature)
+    return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))
 
 
-@_with_loss_arguments
 def linear_grpo_loss(
     hidden: Tensor,  # (B, T, D) padded, (N, D) packed; row t predicts token t
     weight: Tensor,  # (V, D)
@@ -108,24 +152,93 @@ def linear_grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
-    **loss_arguments: Any,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+    group_ids: Tensor | None = None,
+    sequence_index: Tensor | None = None,
+    advantages: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    options: LossOptions | None = None,  # instead of the keywords below
+    loss_type: str = "dapo",
+    beta: float = 0.0,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    importance_sampling_level: str = "token",
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    max_completion_length: int | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    sampler_correction: str = "token_truncate",
+    sampler_cap: float = 3.0,
+    sampler_floor: float = 0.5,
+    off_policy_threshold: float | None = None,
+    top_entropy_quantile: float = 1.0,
+    scale_rewards: str = "group",
+    advantage_eps: float = 1e-4,
+    leave_one_out: bool = False,
+    temperature: float = 1.0,
 ) -> GRPOOutput:
     """`grpo_loss` of the logits of a linear head, which never exist as a whole; see `linear_logps` for the head.
 
     Values and all gradients equal those of `grpo_loss(hidden @ weight.T, ...)` for every chunk size. Masked rows are
     left out before the product.
     """
-    arguments = LossArguments(**loss_arguments)
+    keywords = LossOptions(
+        loss_type=loss_type,
+        beta=beta,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        importance_sampling_level=importance_sampling_level,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        max_completion_length=max_completion_length,
+        log_ratio_clamp=log_ratio_clamp,
+        sampler_correction=sampler_correction,
+        sampler_cap=sampler_cap,
+        sampler_floor=sampler_floor,
+        off_policy_threshold=off_policy_threshold,
+        top_entropy_quantile=top_entropy_quantile,
+        scale_rewards=scale_rewards,
+        advantage_eps=advantage_eps,
+        leave_one_out=leave_one_out,
+        temperature=temperature,
+    )
+    arguments = LossArguments(
+        options=choose_options(options, keywords),
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        rewards=rewards,
+        num_generations=num_generations,
+        group_ids=group_ids,
+        sequence_index=sequence_index,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampler_logps=sampler_logps,
+        normalizer=normalizer,
+    )
     check_rows("hidden", hidden, token_ids)
     check_linear(hidden, weight, bias, softcap, logit_scale, chunk_size)
     mask = _check(arguments, token_ids, weight.shape[0])
-    rows = _select(hidden, arguments.mask, mask)
-    head = (softcap, logit_scale, arguments.temperature)
+    rows = _select(hidden, mask, arguments)
+    head = (softcap, logit_scale, arguments.options.temperature)
     logps, entropy = chunked_linear_logps(rows, weight, bias, token_ids[mask].long(), head, chunk_size)
-    return _reduce(logps, entropy, token_ids, mask, arguments)
+    return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))
 
 
 def _check(arguments: LossArguments, token_ids: Tensor, vocabulary: int) -> Tensor:
+    """The mask as bool, once everything but the rows is checked."""
     num_sequences = check_layout(token_ids, arguments.cu_seqlens)
     mask = check_mask(arguments.mask, token_ids)
     check_loss_arguments(arguments, token_ids, mask, num_sequences)
@@ -133,85 +246,21 @@ def _check(arguments: LossArguments, token_ids: Tensor, vocabulary: int) -> Tens
     return mask
 
 
-def _select(rows: Tensor, given_mask: Tensor | None, mask: Tensor) -> Tensor:
-    """The rows (n, ·) of the n loss tokens; a view where there is no mask and the layout allows."""
-    return rows.reshape(-1, rows.shape[-1]) if given_mask is None else rows[mask]
+def _select(rows: Tensor, mask: Tensor, arguments: LossArguments) -> Tensor:
+    """The rows (n, ·) of the n loss tokens; a view where no mask was given and the layout allows."""
+    return rows.reshape(-1, rows.shape[-1]) if arguments.mask is None else rows[mask]
 
 
-def _reduce(logps: Tensor, entropy: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments) -> GRPOOutput:
-    """From the log-probabilities (n,) and entropies (n,) of the loss tokens to the output."""
-    entropy = entropy if arguments.entropy_coef else entropy.detach()
-    advantages = _advantages(arguments)
-    grid = _Grid(token_ids, mask, arguments.cu_seqlens)
-    per_sequence = advantages.shape == (grid.shape[0],)
-    loss, metrics = reference.policy_loss_from_logps(
-        grid.place(logps),
-        grid.place(torch.ones_like(logps, dtype=torch.bool)),
-        advantages if per_sequence else grid.place(advantages[mask]),
-        arguments,
-        old_logps=None if arguments.old_logps is None else grid.place(arguments.old_logps[mask]),
-        ref_logps=None if arguments.ref_logps is None else grid.place(arguments.ref_logps[mask]),
-        sampler_logps=None if arguments.sampler_logps is None else grid.place(arguments.sampler_logps[mask]),
-        entropy=grid.place(entropy),
-    )
-    return GRPOOutput(loss, metrics, _scatter(logps, mask), _scatter(entropy, mask), advantages)
+def _loss_in_triton(
+    logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments, inplace: bool
+) -> GRPOOutput:
+    from .gpu import loss, rows  # triton exists on Linux only
 
-
-def _is_one_launch(arguments: LossArguments) -> bool:
-    """Whether the loss of every token depends on its own row alone."""
-    return (
-        arguments.importance_sampling_level == "token"
-        and (arguments.sampler_logps is None or not arguments.sampler_correction.startswith("sequence"))
-        and arguments.off_policy_threshold is None
-        and arguments.top_entropy_quantile == 1
-    )
-
-
-def _kernel_advantages(arguments: LossArguments) -> bool:
-    """Whether the loss kernel computes the advantages, from rewards that are checked here."""
-    if arguments.rewards is None or not rewards_use_triton(arguments.rewards):
-        return False
-    check_groups(arguments.rewards, arguments.num_generations, arguments.group_ids)
-    return True
-
-
-def _advantages(arguments: LossArguments) -> Tensor:
-    """(B,) from rewards, or the given ones."""
-    if arguments.rewards is None:
-        assert arguments.advantages is not None
-        return reference.upcast(arguments.advantages.detach())
-    advantages = group_advantages(
-        arguments.rewards,
-        arguments.num_generations,
-        group_ids=arguments.group_ids,
-        scale_rewards=arguments.scale_rewards,
-        eps=arguments.advantage_eps,
-        leave_one_out=arguments.leave_one_out,
-    )
-    return advantages if arguments.sequence_index is None else advantages[arguments.sequence_index.long()]
-
-
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Detached values (n,) at the True places of `mask`, 0 elsewhere."""
-    out = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    out[mask] = values.detach()
-    return out
-
-
-class _Grid:
-    """Places values of loss tokens (n,) in a (B, T) grid of zeros, a row per sequence, padded or packed input alike."""
-
-    def __init__(self, token_ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> None:
-        position = mask.reshape(-1).nonzero().squeeze(1)
-        if cu_seqlens is None:
-            self.shape = tuple(token_ids.shape)
-            self.index = (position // max(self.shape[1], 1), position % max(self.shape[1], 1))
-            return
-        cu_seqlens = cu_seqlens.long()
-        sequence = torch.searchsorted(cu_seqlens, position, right=True) - 1
-        lengths = cu_seqlens.diff().tolist()
-        self.shape = (len(lengths), max(lengths, default=0))
-        self.index = (sequence, position - cu_seqlens[sequence])
-
-    def place(self, values: Tensor) -> Tensor:
-        return torch.zeros(self.shape, dtype=values.dtype, device=values.device).index_put(self.index, values)
+    if fits_one_launch(arguments.options, has_sampler=arguments.sampler_logps is not None):
+        in_kernel = arguments.rewards is not None and rewards_use_triton(arguments.rewards)
+        advantages = None if in_kernel else advantages_of(arguments)
+        return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace))
+    temperature = arguments.options.temperature
+    scores = rows.score_rows(logits, token_ids, mask, temperature=temperature, inplace=inplace)
+    logps, entropy = (x[mask.reshape(-1)] for x in scores)
+    return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))

@@ -1,7 +1,8 @@
 """The specification: every public operation once, in plain torch, without memory tricks.
 
 It runs in float32 (half types are raised to it) and, given float64, in float64, which is the gold of the tests. Nothing
-is validated here; the public functions of `losses`, `logps` and `advantages` do that.
+is validated here; the public functions of `losses`, `logps` and `advantages` do that. Which objective, reduction and
+denominator a loss has is read from its row of `options.LOSSES`.
 
 Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary, K groups.
 """
@@ -9,43 +10,14 @@ Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .options import LossOptions
+
 Metrics = dict[str, tuple[Tensor, Tensor]]
-
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types with the clipped objective
-TOKEN_MEANS = ("bnpo", "dapo", "cispo")  # loss types divided by a number of tokens
-SEQUENCE_MEANS = ("grpo", "sapo", "tinyllava_video_r1")  # loss types that average within each sequence first
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PolicyOptions:
-    """Everything that chooses the objective, as keywords of `grpo_loss` and `linear_grpo_loss`."""
-
-    loss_type: str = "dapo"  # grpo | bnpo | dr_grpo | dapo | cispo | sapo | luspo | tinyllava_video_r1
-    beta: float = 0.0  # weight of the KL term
-    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon ...
-    epsilon_high: float | None = None  # ... and above 1 + epsilon_high; None: epsilon. cispo: the largest ratio itself
-    delta: float | None = None  # upper bound of the ratio where the advantage is negative
-    sapo_temperature_pos: float = 1.0  # sapo, where the advantage is positive
-    sapo_temperature_neg: float = 1.05  # sapo, elsewhere
-    importance_sampling_level: str = "token"  # token | sequence
-    kl_estimator: str = "k3"  # k1 | k2 | k3
-    entropy_coef: float = 0.0  # weight of the entropy bonus
-    max_completion_length: int | None = None  # read by dr_grpo only
-    normalizer: float | Tensor | None = None  # global number of loss tokens (TOKEN_MEANS) or sequences (the others)
-    log_ratio_clamp: float | None = 20.0  # bound of |log ratio| before exp; None: bounded by overflow only
-    sampler_correction: str = (
-        "token_truncate"  # token_truncate | token_mask | sequence_truncate | sequence_mask | icepop
-    )
-    sampler_cap: float = 3.0  # largest trainer/sampler ratio: larger ones are cut to it or masked
-    sampler_floor: float = 0.5  # icepop also masks smaller ones
-    off_policy_threshold: float | None = None  # sequences with A < 0 that drifted further from their sampler are masked
-    top_entropy_quantile: float = 1.0  # share of the call's loss tokens, those of highest entropy, that keep the loss
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -135,12 +107,17 @@ def group_advantages(
 
 
 def kl_divergence(logps: Tensor, ref_logps: Tensor, estimator: str = "k3", clamp: float | None = 20.0) -> Tensor:
-    """Per-token estimate of KL(policy ‖ reference) with q = ref_logps - logps: k1 = -q, k2 = q²/2, k3 = eᵠ - q - 1."""
+    """Per-token estimate of KL(policy ‖ reference) with q = ref_logps - logps: k1 = -q, k2 = q²/2, k3 = eᵠ - q - 1.
+
+    `clamp` bounds the input of k3. "k3_output" bounds its output by 100 instead.
+    """
     q = ref_logps - logps
     if estimator == "k1":
         return -q
     if estimator == "k2":
         return q.square() / 2
+    if estimator == "k3_output":  # above 20 it is 100 with gradient 0 either way
+        return _k3(q.clamp(max=20.0)).clamp(-100.0, 100.0)
     limit = exponent_limit(q.dtype, clamp)
     return _k3(q.clamp(-limit, limit))
 
@@ -164,8 +141,9 @@ def policy_loss_from_logps(
     logps: Tensor,  # (B, T)
     mask: Tensor,  # (B, T) bool, True = loss token
     advantages: Tensor,  # (B,) or (B, T)
-    options: PolicyOptions,
+    options: LossOptions,
     *,
+    normalizer: float | Tensor | None = None,  # loss tokens or sequences of the whole update
     old_logps: Tensor | None = None,  # (B, T); None: on-policy
     ref_logps: Tensor | None = None,  # (B, T)
     sampler_logps: Tensor | None = None,  # (B, T)
@@ -189,11 +167,11 @@ def policy_loss_from_logps(
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = log_ratio.clamp(-limit, limit).exp()
     record("ratio", ratio)
-    per_token = _policy_term(ratio, logps, advantages, options)
+    per_token = policy_term(ratio, logps, advantages, options)
     low, high = clip_range(options)
-    if options.loss_type in CLIPPED:
+    if "clip_low" in options.loss.clip_metrics:
         record("clip_low", (ratio < low) & (advantages < 0))
-    if options.loss_type in (*CLIPPED, "cispo"):
+    if "clip_high" in options.loss.clip_metrics:
         record("clip_high", (ratio > high) & (advantages > 0))
 
     sampler = None if sampler_logps is None else _constant(sampler_logps, mask, logps.dtype)
@@ -214,19 +192,15 @@ def policy_loss_from_logps(
         record("sampler_weight", sampler_weight)
     if ref_logps is not None:
         ref = _constant(ref_logps, mask, logps.dtype)
-        if options.loss_type == "tinyllava_video_r1":
-            # The original bounds the output; above 20 it is 100 with gradient 0 either way.
-            kl = _k3((ref - logps).clamp(max=20.0)).clamp(-100.0, 100.0)
-        else:
-            kl = kl_divergence(logps, ref, options.kl_estimator, options.log_ratio_clamp)
+        kl = kl_divergence(logps, ref, options.loss.kl or options.kl_estimator, options.log_ratio_clamp)
         record("kl", kl)
         per_token = per_token + options.beta * kl if options.beta else per_token
 
-    loss = _reduce(per_token, mask, options)
+    loss = _reduce(per_token, mask, options, normalizer)
     if entropy is not None:
         record("entropy", entropy)
         if options.entropy_coef:
-            loss = loss - options.entropy_coef * _reduce(entropy, mask, options)
+            loss = loss - options.entropy_coef * _reduce(entropy, mask, options, normalizer)
     return loss, metrics
 
 
@@ -234,26 +208,28 @@ def _constant(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, x.detach().to(dtype), 0.0)
 
 
-def clip_range(options: PolicyOptions) -> tuple[float, float]:
+def clip_range(options: LossOptions) -> tuple[float, float]:
     """Smallest and largest ratio that is not clipped."""
-    if options.loss_type == "cispo":
+    if options.loss.objective == "capped":
         assert options.epsilon_high is not None
         return 0.0, options.epsilon_high
     return 1 - options.epsilon, 1 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
 
 
-def _policy_term(ratio: Tensor, logps: Tensor, advantages: Tensor, options: PolicyOptions) -> Tensor:
+def policy_term(ratio: Tensor, logps: Tensor, advantages: Tensor, options: LossOptions) -> Tensor:
     """The loss of each token, (B, T) or (B, 1), before masks, corrections and KL."""
     low, high = clip_range(options)
-    if options.loss_type == "tinyllava_video_r1":
+    objective = options.loss.objective
+    if objective == "ratio":
         return -ratio * advantages
-    if options.loss_type == "cispo":
+    if objective == "capped":
         return -ratio.detach().clamp(max=high) * advantages * logps
-    if options.loss_type == "sapo":
+    if objective == "sigmoid":
         # Two Python numbers in `where` would make float32.
         temperature = torch.full_like(advantages, options.sapo_temperature_neg)
         temperature = temperature.masked_fill(advantages > 0, options.sapo_temperature_pos)
         return -advantages * (4 / temperature) * torch.sigmoid(temperature * (ratio - 1))
+    assert objective == "clipped", objective
     bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
     return -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
 
@@ -265,7 +241,7 @@ def _highest(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     return entropy >= torch.quantile(entropy[mask], 1 - share)
 
 
-def _sampler_weight(log_ratio: Tensor, options: PolicyOptions, limit: float) -> Tensor:
+def _sampler_weight(log_ratio: Tensor, options: LossOptions, limit: float) -> Tensor:
     """Trainer/sampler ratio of a token or of its whole sequence, cut to the cap or dropped beyond it."""
     level, _, action = options.sampler_correction.partition("_")
     log_ratio = log_ratio.sum(1, keepdim=True) if level == "sequence" else log_ratio
@@ -277,21 +253,23 @@ def _sampler_weight(log_ratio: Tensor, options: PolicyOptions, limit: float) -> 
     return torch.where(weight > options.sampler_cap, 0.0, weight)
 
 
-def _reduce(per_token: Tensor, mask: Tensor, options: PolicyOptions) -> Tensor:
+def _reduce(per_token: Tensor, mask: Tensor, options: LossOptions, normalizer: float | Tensor | None) -> Tensor:
     """Masked sum of (B, T), or sum of per-sequence means, over a denominator that may be that of a larger batch."""
     total = torch.where(mask, per_token, 0.0)
-    if options.loss_type in SEQUENCE_MEANS:
+    if options.loss.reduction == "sequence_means":
         total = total.sum(1) / mask.sum(1).clamp(min=1)
-    return total.sum() / loss_denominator(mask.sum(), mask.shape[0], options).to(per_token.dtype)
+    denominator = loss_denominator(mask.sum(), mask.shape[0], options, normalizer)
+    return total.sum() / denominator.to(per_token.dtype)
 
 
-def loss_denominator(num_tokens: Tensor, num_sequences: int, options: PolicyOptions) -> Tensor:
-    """0-d float64, from the options or else from the loss tokens and sequences of this call."""
-    denominator = options.normalizer
-    if denominator is None:
-        denominator = num_tokens if options.loss_type in TOKEN_MEANS else num_sequences
-    denominator = torch.as_tensor(denominator, dtype=torch.float64, device=num_tokens.device)
-    if options.loss_type == "dr_grpo":
+def loss_denominator(
+    num_tokens: Tensor, num_sequences: int, options: LossOptions, normalizer: float | Tensor | None
+) -> Tensor:
+    """0-d float64: the count given as `normalizer`, or else that of this call."""
+    if normalizer is None:
+        normalizer = num_tokens if options.loss.counts == "tokens" else num_sequences
+    denominator = torch.as_tensor(normalizer, dtype=torch.float64, device=num_tokens.device)
+    if options.loss.denominator == "sequences_times_length":
         assert options.max_completion_length is not None
         denominator = denominator * options.max_completion_length
     # A denominator of 0 means that there is no loss token anywhere: loss 0 and gradients 0.
@@ -303,12 +281,24 @@ def grpo_loss(
     token_ids: Tensor,  # (B, T)
     mask: Tensor,  # (B, T) bool
     advantages: Tensor,  # (B,) or (B, T)
-    options: PolicyOptions,
+    options: LossOptions,
     *,
-    temperature: float = 1.0,
-    **other_logps: Tensor | None,  # old_logps, ref_logps, sampler_logps
+    normalizer: float | Tensor | None = None,
+    old_logps: Tensor | None = None,  # (B, T), as the two below
+    ref_logps: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """`policy_loss_from_logps` of padded logits."""
     logits = torch.where(mask[..., None], logits, 0.0)
-    logps, entropy = selective_log_softmax(logits, torch.where(mask, token_ids, 0), temperature)
-    return policy_loss_from_logps(logps, mask, advantages, options, entropy=entropy, **other_logps)
+    logps, entropy = selective_log_softmax(logits, torch.where(mask, token_ids, 0), options.temperature)
+    return policy_loss_from_logps(
+        logps,
+        mask,
+        advantages,
+        options,
+        normalizer=normalizer,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampler_logps=sampler_logps,
+        entropy=entropy,
+    )

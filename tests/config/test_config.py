@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from fastr1.config import TrainConfig, config_to_dict, load_config, save_config
+from fastr1.config import GRPOConfig, TrainConfig, config_to_dict, load_config, loss_options, save_config
 from fastr1.config.checks import DEEPSPEED_OWNED_KEYS, ConfigError, without_auto
+from fastr1.config.fields import choices_of
+from fastr1_kernels.options import LOSSES, LossOptions
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.json"))
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
@@ -226,12 +229,13 @@ LIMITS = [
 def test_limit_separates_the_last_good_from_the_first_bad_value(minimal: Path, key: str, good: str, bad: str) -> None:
     load_config(minimal, [f"{key}={good}"])
     message = error_of(minimal, f"{key}={bad}")
-    assert message.startswith(f"{minimal} --set {key}={bad}: {key} ")
+    assert re.match(re.escape(f"{minimal} --set {key}={bad}: {key}") + "[ =]", message), message
 
 
 def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
     checked = {key for key, _, _ in LIMITS}
-    clipping = {"grpo.epsilon", "grpo.epsilon_high", "grpo.delta"}  # tables of their own below
+    loss = {field.name for field in fields(LossOptions)}  # the kernels refuse them, see the tables below
+    loss_fields = {f"grpo.{name}" for name in loss}
     free = {"reward.base", "reward.length_bonus", "reward.correct", "reward.bad_format", "data.max_frames"}
     numeric = {
         f"{section}.{field.name}"
@@ -239,7 +243,7 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         for field in fields(getattr(TrainConfig(), section))
         if "int" in str(field.type) or "float" in str(field.type)
     }
-    assert numeric == (checked & numeric) | clipping | free
+    assert numeric == (checked & numeric) | (loss_fields & numeric) | free
 
 
 @pytest.mark.parametrize(
@@ -249,14 +253,22 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["data.max_frames=0", "data.num_frames=-1"], "data.max_frames is 0"),
         (["run.eval_steps=5"], "data.eval_file is not set"),
         (["grpo.epsilon=0.3"], "does not clip"),
-        (["grpo.epsilon_high=0.3"], "does not clip"),
-        (["grpo.delta=3"], "does not clip"),
-        (["grpo.importance_sampling_level=sequence"], "does not clip"),
-        (["grpo.loss_type=grpo", "grpo.delta=1.2"], "more than 1 + grpo.epsilon"),
+        (["grpo.epsilon_high=0.3"], "grpo.epsilon_high=0.3 has no effect"),
+        (["grpo.delta=3"], "grpo.delta=3.0 has no effect"),
+        (["grpo.importance_sampling_level=sequence"], "has no effect"),
+        (["grpo.loss_type=grpo", "grpo.delta=1.2"], "grpo.delta=1.2: give a finite number > 1.2"),
         (["reward.weights=[0.0]"], "nothing would be rewarded"),
-        (["grpo.loss_type=grpo", "grpo.epsilon_high=0.5", "grpo.delta=1.3"], "more than 1 + grpo.epsilon_high = 1.5"),
-        (["grpo.loss_type=grpo", "grpo.epsilon=-0.1"], "grpo.epsilon is -0.1"),
-        (["grpo.loss_type=grpo", "grpo.epsilon_high=-1"], "grpo.epsilon_high is -1"),
+        (
+            ["grpo.loss_type=grpo", "grpo.epsilon_high=0.5", "grpo.delta=1.3"],
+            "grpo.delta=1.3: give a finite number > 1.5",
+        ),
+        (["grpo.loss_type=grpo", "grpo.epsilon=-0.1"], "grpo.epsilon=-0.1"),
+        (["grpo.loss_type=grpo", "grpo.epsilon_high=-1"], "grpo.epsilon_high=-1"),
+        (["grpo.loss_type=cispo"], "grpo.epsilon_high=None: loss_type='cispo' cuts the ratio"),
+        (["grpo.loss_type=luspo"], "grpo.importance_sampling_level='token': loss_type='luspo' needs 'sequence'"),
+        (["grpo.loss_type=sapo", "grpo.sapo_temperature_pos=0"], "grpo.sapo_temperature_pos=0.0"),
+        (["grpo.kl_estimator=k4"], "grpo.kl_estimator is 'k4'; choose from k1, k2, k3"),
+        (["grpo.kl_estimator=k1"], "grpo.kl_estimator='k1' has no effect on loss_type='tinyllava_video_r1'"),
         (["model.dtype=bfloat16", "deepspeed.zero_optimization.stage=0"], "summed in it"),
     ],
 )
@@ -271,6 +283,10 @@ def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str],
         ["run.eval_steps=5", "data.eval_file=e.jsonl"],
         ["grpo.loss_type=grpo", "grpo.epsilon=0", "grpo.epsilon_high=0.28", "grpo.delta=1.5"],
         ["grpo.loss_type=dr_grpo", "grpo.importance_sampling_level=sequence"],
+        ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],
+        ["grpo.loss_type=luspo", "grpo.importance_sampling_level=sequence"],
+        ["grpo.loss_type=sapo", "grpo.sapo_temperature_neg=1.2"],
+        ["grpo.loss_type=grpo", "grpo.kl_estimator=k1", "grpo.entropy_coef=0.01"],
         ["model.dtype=float32", "deepspeed.zero_optimization.stage=0"],
     ],
 )
@@ -320,3 +336,35 @@ def test_deepspeed_override_keeps_the_other_entries(tmp_path: Path) -> None:
     path = write(tmp_path, {**MINIMAL, "deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}})
     config = load_config(path, ["deepspeed.zero_optimization.stage=1", "deepspeed.steps_per_print=100"])
     assert config.deepspeed == {"zero_optimization": {"stage": 1, "overlap_comm": True}, "steps_per_print": 100}
+
+
+def test_loss_options_take_every_field_of_their_name(minimal: Path) -> None:
+    settings = ["loss_type=grpo", "epsilon=0.1", "epsilon_high=0.3", "delta=2", "kl_estimator=k2", "entropy_coef=0.5"]
+    grpo = load_config(minimal, [f"grpo.{setting}" for setting in (*settings, "temperature=0.7", "beta=0.2")]).grpo
+    options = loss_options(grpo)
+    shared = {field.name for field in fields(LossOptions)} & {field.name for field in fields(grpo)}
+    assert {
+        "beta",
+        "epsilon",
+        "temperature",
+        "entropy_coef",
+        "importance_sampling_level",
+        "max_completion_length",
+    } < shared
+    for name in shared:
+        assert getattr(options, name) == getattr(grpo, name), name
+    assert options.log_ratio_clamp == LossOptions().log_ratio_clamp
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_the_kernels_can_be_configured(minimal: Path, name: str) -> None:
+    needs = {"epsilon_high": "5.0", "importance_sampling_level": "sequence"}
+    extra = [f"grpo.{option}={value}" for option, value in needs.items() if option in LOSSES[name].needs]
+    assert load_config(minimal, [f"grpo.loss_type={name}", *extra]).grpo.loss_type == name
+
+
+def test_choices_of_the_loss_are_those_of_the_kernels() -> None:
+    for name in ("scale_rewards", "importance_sampling_level", "kl_estimator"):
+        for choice in choices_of(get_type_hints(GRPOConfig)[name]):
+            needs = {"loss_type": "luspo"} if choice == "sequence" else {"loss_type": "grpo"}
+            LossOptions(**{**needs, name: choice}).check()

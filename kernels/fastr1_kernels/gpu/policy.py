@@ -3,20 +3,46 @@
 Ratio r = exp(d), d = clamp(logp - logp_old, ±L) or 0 on-policy; r' = ∂r/∂logp, that is r inside the clamp, else 0:
     clipped   f = -min(min(r, δ)·A, clip(r, 1-ε, 1+ε_high)·A)   f' = -A·r' where the first is the smaller and r ≤ δ
     ratio     f = -r·A                                          f' = -A·r'
-    cispo     f = -min(r, cap)·A·logp                           f' = -min(r, cap)·A
-    sapo      f = -A·(4/τ)·s, s = σ(τ(r - 1))                   f' = -4A·s·(1 - s)·r'
+    capped    f = -min(r, cap)·A·logp                           f' = -min(r, cap)·A
+    sigmoid   f = -A·(4/τ)·s, s = σ(τ(r - 1))                   f' = -4A·s·(1 - s)·r'
 With q = logp_ref - logp:
     k1 = -q, k1' = 1      k2 = q²/2, k2' = -q      k3 = eᵠ - q - 1, k3' = 1 - eᵠ (input clamped to ±L)
 About 30 operations on a few numbers per token, nothing beside its row of logits.
 
-Sources: those of the README's table; the derivatives follow from the formulas. Where a bound is met exactly, autograd
-splits the derivative and this does not.
+Sources: those of `options.LOSSES`, whose columns `objective` and `kl` are the first words above; the derivatives follow
+from the formulas. Where a bound is met exactly, autograd splits the derivative and this does not.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from ..options import LossOptions
+from ..reference import clip_range, exponent_limit
+
+
+def policy_arguments(options: LossOptions) -> dict[str, Any]:
+    """What the loss kernel is told about the objective: numbers at run time, choices as constants."""
+    low, high = clip_range(options)
+    return {
+        "beta": float(options.beta),
+        "low": float(low),
+        "high": float(high),
+        "delta": float("inf") if options.delta is None else float(options.delta),
+        "limit": float(exponent_limit(torch.float32, options.log_ratio_clamp)),
+        "sampler_floor": float(options.sampler_floor),
+        "sampler_cap": float(options.sampler_cap),
+        "tau_pos": float(options.sapo_temperature_pos),
+        "tau_neg": float(options.sapo_temperature_neg),
+        "entropy_coef": float(options.entropy_coef),
+        "OBJECTIVE": options.loss.objective,
+        "KL": options.loss.kl or options.kl_estimator,
+        "CORRECTION": options.sampler_correction,
+    }
 
 
 @triton.jit
@@ -24,10 +50,10 @@ def policy_term(ratio, slope, advantage, logp, low, high, delta, tau_pos, tau_ne
     """f and f' of the table above."""
     if OBJECTIVE == "ratio":
         return -ratio * advantage, -slope * advantage
-    elif OBJECTIVE == "cispo":
+    elif OBJECTIVE == "capped":
         cut = tl.minimum(ratio, high)
         return -cut * advantage * logp, -cut * advantage
-    elif OBJECTIVE == "sapo":
+    elif OBJECTIVE == "sigmoid":
         tau = tl.where(advantage > 0, tau_pos, tau_neg)
         sigmoid = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
         return -advantage * (4.0 / tau) * sigmoid, -4.0 * advantage * sigmoid * (1.0 - sigmoid) * slope

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import device_of
+from ..dispatch import device_of
 
 BLOCK_REWARDS = 128
 
@@ -106,6 +106,7 @@ def group_advantages_kernel(
 
 def launch_group_advantages(
     rewards: Tensor,  # (R,) any real dtype but float64
+    *,
     num_generations: int | None,
     group_ids: Tensor | None,  # (R,) integers
     scale_rewards: str,
@@ -117,12 +118,12 @@ def launch_group_advantages(
     advantages = torch.empty_like(rewards)
     with device_of(rewards):
         group_advantages_kernel[(len(rewards),)](
-            rewards,
-            None if group_ids is None else group_ids.contiguous(),
-            advantages,
-            len(rewards),
-            num_generations or 0,
-            float(eps),
+            rewards_ptr=rewards,
+            group_ids_ptr=None if group_ids is None else group_ids.contiguous(),
+            advantages_ptr=advantages,
+            R=len(rewards),
+            G=num_generations or 0,
+            eps=float(eps),
             SCALE=scale_rewards,
             LEAVE_ONE_OUT=leave_one_out,
             BLOCK=BLOCK_REWARDS,

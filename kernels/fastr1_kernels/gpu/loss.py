@@ -1,12 +1,13 @@
 """The GRPO loss of logits in one launch: value, metrics and the gradient of the logits, one program per token.
 
-A program reads its row once (`score_row` of logps_triton: maximum, log-sum, logp, entropy H), does the scalar work of
-its token (policy_triton: f and its derivative f' by logp, kl and kl', sampler weight w), and walks the row a second
+A program reads its row once (`score_row` of rows: maximum, log-sum, logp, entropy H), does the scalar work of
+its token (policy: f and its derivative f' by logp, kl and kl', sampler weight w), and walks the row a second
 time to write the gradient, in place if asked:
     loss of the token = W_b·(w·f + β·kl - c·H)    ∂/∂logp = W_b·(w·f' + β·kl')    ∂/∂H = -W_b·c
 W_b, the weight of every token of sequence b, holds the denominators (per-sequence count, normalizer, maximal length);
 it is (B,) and prepared by torch. A comes from the rewards, inside the launch: each program reduces its own group, and B
-more programs write A for the caller. The token losses and metrics are (7, N) and summed by torch in a fixed order.
+more programs write A for the caller. The terms, losses and metrics of every token, are one (8, N) buffer, whose rows
+(`terms`) torch sums in a fixed order.
 
 Objectives in which the tokens of a sequence depend on one another (sequence-level ratio or sampler weight, off-policy
 mask, luspo, entropy quantile) do not fit in one launch: they take `score_rows`, torch on N numbers, and its backward.
@@ -28,10 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .advantages_triton import BLOCK_REWARDS, reward_advantage
-from .dispatch import device_of
-from .logps_triton import (
+from .. import reference
+from ..checks import LossArguments
+from ..dispatch import device_of
+from ..reference import Metrics
+from .advantages import BLOCK_REWARDS, reward_advantage
+from .policy import kl_term, policy_arguments, policy_term, sampler_term
+from .rows import (
     as_grid,
     row_base,
     row_launch_config,
@@ -40,13 +44,19 @@ from .logps_triton import (
     write_row_gradient,
     write_row_zeros,
 )
-from .policy_triton import kl_term, policy_term, sampler_term
-from .reference import Metrics
-from .validation import LossArguments
-
-# Rows of the per-token output; all but the last are summed.
-TERMS = ("loss", "ratio", "clip_low", "clip_high", "sampler_weight", "kl", "entropy", "logp")
-_OBJECTIVES = {"tinyllava_video_r1": "ratio", "cispo": "cispo", "sapo": "sapo"}
+from .terms import (
+    METRIC_TERMS,
+    NUM_TERMS,
+    TERM_CLIP_HIGH,
+    TERM_CLIP_LOW,
+    TERM_ENTROPY,
+    TERM_KL,
+    TERM_LOGP,
+    TERM_LOSS,
+    TERM_RATIO,
+    TERM_SAMPLER_WEIGHT,
+    store_term,
+)
 
 
 @triton.jit(do_not_specialize=["N", "T", "R", "G"])  # floats never are
@@ -141,23 +151,23 @@ def grpo_rows_kernel(
     if sampler_ptr is not None:
         weight = sampler_term(old - tl.load(sampler_ptr + i_n), limit, sampler_floor, sampler_cap, CORRECTION)
         loss, d_logp = loss * weight, d_logp * weight
-        tl.store(terms_ptr + 4 * N.to(tl.int64) + i_n, weight)
+        store_term(terms_ptr, TERM_SAMPLER_WEIGHT, i_n, N, weight)
     if ref_ptr is not None:
         kl, d_kl = kl_term(tl.load(ref_ptr + i_n) - logp, limit, KL)
         # beta = 0 must not turn an infinite kl into NaN
         loss, d_logp = loss + tl.where(beta == 0.0, 0.0, beta * kl), d_logp + tl.where(beta == 0.0, 0.0, beta * d_kl)
-        tl.store(terms_ptr + 5 * N.to(tl.int64) + i_n, kl)
+        store_term(terms_ptr, TERM_KL, i_n, N, kl)
     # minimum and maximum drop NaN; a NaN among the logits of a live row has to show.
     sequence_weight = tl.load(weight_ptr + i_b)
     loss = sequence_weight * tl.where(logp == logp, loss - entropy_coef * entropy, logp)
     d_logp = sequence_weight * tl.where(logp == logp, d_logp, logp)
 
-    tl.store(terms_ptr + i_n, loss)
-    tl.store(terms_ptr + 1 * N.to(tl.int64) + i_n, ratio)
-    tl.store(terms_ptr + 2 * N.to(tl.int64) + i_n, tl.where((ratio < low) & (advantage < 0), 1.0, 0.0))
-    tl.store(terms_ptr + 3 * N.to(tl.int64) + i_n, tl.where((ratio > high) & (advantage > 0), 1.0, 0.0))
-    tl.store(terms_ptr + 6 * N.to(tl.int64) + i_n, entropy)
-    tl.store(terms_ptr + 7 * N.to(tl.int64) + i_n, logp)
+    store_term(terms_ptr, TERM_LOSS, i_n, N, loss)
+    store_term(terms_ptr, TERM_RATIO, i_n, N, ratio)
+    store_term(terms_ptr, TERM_CLIP_LOW, i_n, N, tl.where((ratio < low) & (advantage < 0), 1.0, 0.0))
+    store_term(terms_ptr, TERM_CLIP_HIGH, i_n, N, tl.where((ratio > high) & (advantage > 0), 1.0, 0.0))
+    store_term(terms_ptr, TERM_ENTROPY, i_n, N, entropy)
+    store_term(terms_ptr, TERM_LOGP, i_n, N, logp)
 
     if d_logits_ptr is not None:
         d_ptr = row_base(d_logits_ptr, i_n, T, d_stride_b, d_stride_t)
@@ -196,67 +206,61 @@ class _Rows:
 
     def launch(self, logits: Tensor, d_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Terms (8, N) and advantages, (B,) or as given; writes d_logits."""
-        o, n, from_rewards = self.arguments, self.token_ids.numel(), self.advantages is None
-        terms = torch.zeros(len(TERMS), n, device=logits.device)
+        o, n = self.arguments, self.token_ids.numel()
+        terms = torch.zeros(NUM_TERMS, n, device=logits.device)
+        rewards = _flat(o.rewards) if self.advantages is None else None
         advantages = torch.empty_like(self.weights) if self.advantages is None else self.advantages
-        rewards = _flat(o.rewards) if from_rewards else None
-        programs = n + len(self.weights) if from_rewards else n
-        low, high = reference.clip_range(o)
+        programs = n if rewards is None else n + len(self.weights)
+        gradient = logits if d_logits is None else d_logits
         if programs:
             with device_of(logits):
                 grpo_rows_kernel[(programs,)](
-                    logits,
-                    d_logits,
-                    terms,
-                    self.token_ids,
-                    None if o.mask is None else self.mask.view(torch.uint8),
-                    self.sequence,
-                    _flat(o.old_logps),
-                    _flat(o.ref_logps),
-                    _flat(o.sampler_logps),
-                    self.weights,
-                    advantages,
-                    rewards,
-                    None if o.group_ids is None else o.group_ids.contiguous(),
-                    None if o.sequence_index is None else o.sequence_index.contiguous(),
-                    n,
-                    logits.shape[1],
-                    logits.shape[2],
-                    0 if rewards is None else len(rewards),
-                    o.num_generations or 0,
-                    *logits.stride(),
-                    *(logits if d_logits is None else d_logits).stride(),
-                    float(o.temperature),
-                    float(o.beta),
-                    float(low),
-                    float(high),
-                    float("inf") if o.delta is None else float(o.delta),
-                    float(reference.exponent_limit(torch.float32, o.log_ratio_clamp)),
-                    float(o.sampler_floor),
-                    float(o.sampler_cap),
-                    float(o.sapo_temperature_pos),
-                    float(o.sapo_temperature_neg),
-                    float(o.entropy_coef),
-                    float(o.advantage_eps),
-                    OBJECTIVE=_OBJECTIVES.get(o.loss_type, "clipped"),
-                    KL="k3_output" if o.loss_type == "tinyllava_video_r1" else o.kl_estimator,
-                    CORRECTION=o.sampler_correction,
-                    SOURCE="rewards"
-                    if from_rewards
-                    else "sequence"
-                    if len(advantages) == len(self.weights)
-                    else "token",
-                    SCALE=o.scale_rewards,
-                    LEAVE_ONE_OUT=o.leave_one_out,
-                    HAS_BONUS=o.entropy_coef != 0,
+                    logits_ptr=logits,
+                    d_logits_ptr=d_logits,
+                    terms_ptr=terms,
+                    token_ids_ptr=self.token_ids,
+                    mask_ptr=None if o.mask is None else self.mask.view(torch.uint8),
+                    sequence_ptr=self.sequence,
+                    old_ptr=_flat(o.old_logps),
+                    ref_ptr=_flat(o.ref_logps),
+                    sampler_ptr=_flat(o.sampler_logps),
+                    weight_ptr=self.weights,
+                    advantages_ptr=advantages,
+                    rewards_ptr=rewards,
+                    group_ids_ptr=None if o.group_ids is None else o.group_ids.contiguous(),
+                    sequence_index_ptr=None if o.sequence_index is None else o.sequence_index.contiguous(),
+                    N=n,
+                    T=logits.shape[1],
+                    V=logits.shape[2],
+                    R=0 if rewards is None else len(rewards),
+                    G=o.num_generations or 0,
+                    stride_b=logits.stride(0),
+                    stride_t=logits.stride(1),
+                    stride_v=logits.stride(2),
+                    d_stride_b=gradient.stride(0),
+                    d_stride_t=gradient.stride(1),
+                    d_stride_v=gradient.stride(2),
+                    SOURCE=self.source(),
+                    temperature=float(o.options.temperature),
+                    eps=float(o.options.advantage_eps),
+                    SCALE=o.options.scale_rewards,
+                    LEAVE_ONE_OUT=o.options.leave_one_out,
+                    HAS_BONUS=o.options.entropy_coef != 0,
                     BLOCK_R=BLOCK_REWARDS,
+                    **policy_arguments(o.options),
                     **row_launch_config(logits.shape[2]),
                 )
         return terms, advantages
 
+    def source(self) -> str:
+        """Where the kernel finds the advantage of a token."""
+        if self.advantages is None:
+            return "rewards"
+        return "sequence" if len(self.advantages) == len(self.weights) else "token"
+
 
 class _GRPOLoss(torch.autograd.Function):
-    """Logits (B, T, V) to loss, sums of terms (7,), terms (8, N) and advantages. Only the loss has a gradient."""
+    """Logits (B, T, V) to loss, sums of terms (8,), terms (8, N) and advantages. Only the loss has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: _Rows, has_gradient: bool, inplace: bool) -> tuple[Tensor, ...]:
@@ -268,8 +272,8 @@ class _GRPOLoss(torch.autograd.Function):
             if inplace:  # whoever kept the logits for a backward pass of their own must be told
                 torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(d_logits)
-        sums = terms[:-1].sum(1)
-        loss = sums[0].clone()
+        sums = terms.sum(1)
+        loss = sums[TERM_LOSS.value].clone()
         ctx.mark_non_differentiable(sums, terms, advantages)
         return loss, sums, terms, advantages
 
@@ -282,11 +286,13 @@ class _GRPOLoss(torch.autograd.Function):
         if d_logits.numel():
             with device_of(d_logits):
                 scale_rows_kernel[(d_logits.shape[0] * d_logits.shape[1],)](
-                    d_logits,
-                    d_loss.contiguous(),
-                    d_logits.shape[1],
-                    d_logits.shape[2],
-                    *d_logits.stride(),
+                    d_logits_ptr=d_logits,
+                    d_loss_ptr=d_loss.contiguous(),
+                    T=d_logits.shape[1],
+                    V=d_logits.shape[2],
+                    stride_b=d_logits.stride(0),
+                    stride_t=d_logits.stride(1),
+                    stride_v=d_logits.stride(2),
                     **row_launch_config(d_logits.shape[2]),
                 )
         # The buffer is scaled once: a second backward pass through retain_graph=True is refused by autograd.
@@ -304,9 +310,10 @@ def one_launch_loss(
 ) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
     """The fields of `GRPOOutput` for checked arguments in which every token's loss depends on its own row alone."""
     sequence, counts = _sequences(token_ids, mask, arguments.cu_seqlens)
-    denominator = reference.loss_denominator(counts.sum(), len(counts), arguments)
+    options = arguments.options
+    denominator = reference.loss_denominator(counts.sum(), len(counts), options, arguments.normalizer)
     weights = (1 / denominator).expand(len(counts))
-    if arguments.loss_type in reference.SEQUENCE_MEANS:
+    if options.loss.reduction == "sequence_means":
         weights = weights / counts.clamp(min=1)
     rows = _Rows(
         token_ids.reshape(-1).contiguous(),
@@ -318,19 +325,14 @@ def one_launch_loss(
     )
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, sums, terms, used_advantages = _GRPOLoss.apply(as_grid(logits), rows, has_gradient, inplace)
-    by_name = dict(zip(TERMS, sums, strict=False))
+    names = ["ratio", "entropy", *options.loss.clip_metrics]
+    names += ["kl"] if arguments.ref_logps is not None else []
+    names += ["sampler_weight"] if arguments.sampler_logps is not None else []
     count = counts.sum()
-    metrics = {name: (by_name[name], count) for name in ("ratio", "entropy")}
-    present = {
-        "clip_low": arguments.loss_type in reference.CLIPPED,
-        "clip_high": arguments.loss_type in (*reference.CLIPPED, "cispo"),
-        "kl": arguments.ref_logps is not None,
-        "sampler_weight": arguments.sampler_logps is not None,
-    }
-    metrics |= {name: (by_name[name], count) for name, is_there in present.items() if is_there}
+    metrics = {name: (sums[METRIC_TERMS[name]], count) for name in names}
     shape = token_ids.shape
     given = used_advantages if advantages is None else used_advantages.view(advantages.shape)
-    return loss, metrics, terms[7].view(shape), terms[6].view(shape), given
+    return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), given
 
 
 def _sequences(token_ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -1,13 +1,13 @@
-"""Log-probabilities and entropy, from logits and from a linear head in chunks."""
+"""Log-probabilities of a linear head, a chunk of rows at a time, and what the doors of log-probabilities refuse."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kernel_accuracy import rand
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,80 +16,8 @@ from fastr1_kernels import linear_logps, reference, selective_log_softmax
 INF = float("inf")
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def rand_ids(*shape: int, vocabulary: int) -> Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(9))
-
-
-def scores_by_hand(row: list[float], token: int, temperature: float) -> tuple[float, float]:
-    """Definition with Python floats."""
-    weights = [math.exp(z / temperature - max(row) / temperature) for z in row]
-    probs = [w / math.fsum(weights) for w in weights]
-    return math.log(probs[token]), -math.fsum(p * math.log(p) for p in probs if p > 0)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])  # one row, packed, padded, empty
-def test_selective_log_softmax_matches_the_definition(shape: tuple[int, ...], temperature: float) -> None:
-    logits, ids = rand(*shape, 7), rand_ids(*shape, vocabulary=7)
-    logps, entropy = selective_log_softmax(logits, ids, temperature=temperature, return_entropy=True)
-    assert logps.shape == entropy.shape == shape
-    got = zip(logps.flatten().tolist(), entropy.flatten().tolist(), strict=True)
-    rows = zip(logits.reshape(-1, 7).tolist(), ids.flatten().tolist(), strict=True)
-    for values, (row, token) in zip(got, rows, strict=True):
-        assert values == pytest.approx(scores_by_hand(row, token, temperature), rel=1e-12)
-
-
-def test_selective_log_softmax_gradients() -> None:
-    logits, ids = rand(2, 3, 5).requires_grad_(), rand_ids(2, 3, vocabulary=5)
-    function: Callable[..., Any] = lambda z: selective_log_softmax(z, ids, temperature=0.8, return_entropy=True)  # noqa: E731
-    assert torch.autograd.gradcheck(function, logits)
-
-
-def test_truncated_vocabulary_has_finite_entropy_and_gradients() -> None:
-    kept = rand(4, 5).requires_grad_()
-    cut = torch.full((4, 3), -INF, dtype=torch.float64)
-    ids = torch.tensor([0, 1, 2, 3])
-
-    def function(z: Tensor) -> tuple[Tensor, Tensor]:
-        return selective_log_softmax(torch.cat([z, cut], 1), ids, return_entropy=True)
-
-    assert torch.autograd.gradcheck(function, kept)
-    alone = selective_log_softmax(kept, ids, return_entropy=True)
-    for a, b in zip(function(kept), alone, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
-
-
-def test_entropy_gradient_is_minus_p_times_logp_plus_h() -> None:
-    logits = rand(3, 6).requires_grad_()
-    _, entropy = selective_log_softmax(logits, torch.zeros(3, dtype=torch.long), return_entropy=True)
-    entropy.sum().backward()
-    log_probs = logits.detach().log_softmax(-1)
-    expected = -log_probs.exp() * (log_probs + entropy.detach()[:, None])
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("shift", [-1e4, -101.0, 300.0])
-def test_logps_are_shift_invariant(shift: float) -> None:
-    logits, ids = rand(4, 9, dtype=torch.float32).round(decimals=2), rand_ids(4, vocabulary=9)
-    expected = selective_log_softmax(logits.double(), ids, return_entropy=True)
-    got = selective_log_softmax(logits + shift, ids, return_entropy=True)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-7 * abs(shift))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_logits_are_scored_in_float32(dtype: torch.dtype) -> None:
-    logits, ids = (rand(6, 50) * 5).to(dtype), rand_ids(6, vocabulary=50)
-    got = selective_log_softmax(logits, ids, return_entropy=True)
-    expected = selective_log_softmax(logits.double(), ids, return_entropy=True)
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
 
 
 def test_logps_of_a_sliced_view_equal_those_of_its_copy_and_leave_it_unchanged() -> None:

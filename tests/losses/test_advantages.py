@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import statistics
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from conftest import shared_path
+from conftest import Backend
+from kernel_accuracy import assert_as_accurate, rand
 from safetensors.torch import load_file
+from shared_data import shared_path
 
-from fastr1_kernels import group_advantages
+from fastr1_kernels import group_advantages, reference
 
 NAN, INF = float("nan"), float("inf")
+
+
+by_scale = pytest.mark.parametrize("scale", ["group", "batch", "none"])
+by_baseline = pytest.mark.parametrize("leave_one_out", [False, True])
 
 
 def advantages_by_hand(groups: list[list[float]], scale: str, eps: float, leave_one_out: bool) -> list[float]:
@@ -27,8 +35,8 @@ def advantages_by_hand(groups: list[list[float]], scale: str, eps: float, leave_
     return out
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("leave_one_out", [False, True])
+@by_scale
+@by_baseline
 def test_advantages_match_the_definition(scale: str, leave_one_out: bool) -> None:
     groups = [[2, 1.5, 1.68, -0.75], [0.5, -2, 1, -0.9], [0.1, 0.2, 0.3, 0.9]]
     rewards = torch.tensor(groups, dtype=torch.float64).flatten()
@@ -37,10 +45,36 @@ def test_advantages_match_the_definition(scale: str, leave_one_out: bool) -> Non
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_advantages_of_a_published_example() -> None:
+# With blocks of 16, groups of 18 need two; the other groups are interleaved and uneven.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "runs": {"num_generations": 18},
+    "labels": {"group_ids": (torch.arange(36) * 7 % 5 - 2) * 10**12},
+}
+
+
+@by_baseline
+@by_scale
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_kernel_matches_the_reference(
+    kernels: Backend, monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], scale: str, leave_one_out: bool
+) -> None:
+    monkeypatch.setattr("fastr1_kernels.gpu.advantages.BLOCK_REWARDS", 16)
+    rewards = rand(36).float()
+    rewards[7::13] = NAN
+    ids = layout.get("group_ids", torch.arange(36) // 18)
+    options = {"scale_rewards": scale, "leave_one_out": leave_one_out, "eps": 1e-4}
+    moved = {k: kernels.put(v) for k, v in layout.items()}
+    got = group_advantages(rewards.to(kernels.device), **moved, **options)
+    gold = reference.group_advantages(rewards.double(), ids, **options)
+    assert_as_accurate(got, reference.group_advantages(rewards, ids, **options), gold)
+    assert got[rewards.isnan()].eq(0).all()
+    assert got.dtype == torch.float32
+
+
+def test_advantages_of_a_published_example(backend: Backend) -> None:
     rewards = torch.tensor([2, 1.5, 1.68, -0.75, -0.5, -2, 1, -0.9])
     expected = torch.tensor([1.1857, 0.8462, 0.9685, -0.6816, -0.5118, -1.5304, 0.5067, -0.7834])
-    torch.testing.assert_close(group_advantages(rewards, 8), expected, rtol=0, atol=6e-5)
+    torch.testing.assert_close(group_advantages(rewards.to(backend.device), 8).cpu(), expected, rtol=0, atol=6e-5)
 
 
 def test_advantages_match_the_original_trainer() -> None:
@@ -49,26 +83,27 @@ def test_advantages_match_the_original_trainer() -> None:
     torch.testing.assert_close(got, expected["grpo.advantages"], rtol=1e-6, atol=1e-6)
 
 
-def test_uneven_interleaved_groups_equal_each_group_alone() -> None:
-    rewards = torch.tensor([1.0, 5.0, 0.0, 2.0, 4.0, 9.0], dtype=torch.float64)
-    ids = torch.tensor([7, -3, 7, 7, -3, 50])
+def test_uneven_interleaved_groups_equal_each_group_alone(backend: Backend) -> None:
+    rewards = backend.put(torch.tensor([1.0, 5.0, 0.0, 2.0, 4.0, 9.0]))
+    ids = torch.tensor([7, -3, 7, 7, -3, 50], device=backend.device)
     got = group_advantages(rewards, group_ids=ids)
     for label in (7, -3):
         alone = group_advantages(rewards[ids == label], int((ids == label).sum()))
-        torch.testing.assert_close(got[ids == label], alone, rtol=1e-14, atol=0)
+        backend.assert_close(got[ids == label], alone)
     assert got[5] == 0  # a group of one
 
 
-@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3, 1e-8, -123.456, 0.0])
-@pytest.mark.parametrize("size", [2, 3, 7, 8])
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_equal_rewards_give_exactly_zero(value: float, size: int, scale: str, leave_one_out: bool) -> None:
-    # A second, mixed group keeps the deviation of the batch away from 0.
-    rewards = torch.tensor([value] * size + [0.0, 1.0] + [0.3] * (size - 2))
-    got = group_advantages(rewards, size, scale_rewards=scale, eps=1e-8, leave_one_out=leave_one_out)
-    assert got[:size].eq(0).all()
-    assert got[size:].ne(0).any()
+@by_scale
+@by_baseline
+def test_equal_rewards_give_exactly_zero(backend: Backend, scale: str, leave_one_out: bool) -> None:
+    sizes = (7,) if backend.has_kernels else (2, 3, 7, 8)
+    for value, size in product((0.7, 0.1, 1 / 3, 1e-8, -123.456, 0.0), sizes):
+        # A second, mixed group keeps the deviation of the batch away from 0.
+        mixed = [0.0, 1.0] + [0.3] * (size - 3) + [NAN] * (size > 2)
+        rewards = torch.tensor([value] * size + mixed, device=backend.device)
+        got = group_advantages(rewards, size, scale_rewards=scale, eps=1e-8, leave_one_out=leave_one_out)
+        assert got[:size].eq(0).all()
+        assert got[size : size + 2].ne(0).all()
 
 
 def test_equal_rewards_without_the_exact_rule_would_not_be_zero() -> None:
@@ -77,28 +112,27 @@ def test_equal_rewards_without_the_exact_rule_would_not_be_zero() -> None:
     assert naive.abs().max() > 0.1  # so the test above can fail
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_singleton_groups_are_zero(leave_one_out: bool) -> None:
-    for scale in ("group", "batch", "none"):
-        got = group_advantages(torch.tensor([1.0, 0.0, 3.0]), 1, scale_rewards=scale, leave_one_out=leave_one_out)
-        assert got.tolist() == [0, 0, 0]
+@by_scale
+@by_baseline
+def test_groups_of_one_and_unscored_groups_are_zero(backend: Backend, scale: str, leave_one_out: bool) -> None:
+    options: dict[str, Any] = {"scale_rewards": scale, "leave_one_out": leave_one_out}
+    rewards = torch.tensor([1.0, NAN, 0.0, NAN, 5.0], device=backend.device)
+    assert group_advantages(rewards, 1, **options).eq(0).all()
+    ids = torch.tensor([0, 1, 2, 1, 3], device=backend.device)
+    assert group_advantages(rewards, group_ids=ids, **options).eq(0).all()
+    assert group_advantages(rewards * NAN, 5, **options).eq(0).all()
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_nan_reward_is_left_out_and_gets_zero(scale: str, leave_one_out: bool) -> None:
-    rewards = torch.tensor([1.0, NAN, 0.0, 0.5, NAN, 2.0], dtype=torch.float64)
-    ids = torch.tensor([0, 0, 0, 0, 1, 1])
+@by_scale
+@by_baseline
+def test_nan_reward_is_left_out_and_gets_zero(backend: Backend, scale: str, leave_one_out: bool) -> None:
+    rewards = backend.put(torch.tensor([1.0, NAN, 0.0, 0.5, NAN, 2.0]))
+    ids = torch.tensor([0, 0, 0, 0, 1, 1], device=backend.device)
     got = group_advantages(rewards, group_ids=ids, scale_rewards=scale, leave_one_out=leave_one_out)
     keep = ~rewards.isnan()
     without = group_advantages(rewards[keep], group_ids=ids[keep], scale_rewards=scale, leave_one_out=leave_one_out)
-    torch.testing.assert_close(got[keep], without, rtol=1e-14, atol=0)
+    backend.assert_close(got[keep], without)
     assert got[~keep].eq(0).all()
-
-
-def test_all_nan_rewards_give_zeros() -> None:
-    for scale in ("group", "batch", "none"):
-        assert group_advantages(torch.full((4,), NAN), 2, scale_rewards=scale).tolist() == [0, 0, 0, 0]
 
 
 def test_noise_reaches_every_scored_completion_and_follows_the_generator() -> None:
@@ -123,17 +157,25 @@ def test_noise_is_added_to_the_advantage() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float16])
-def test_rewards_of_any_real_dtype(dtype: torch.dtype) -> None:
-    got = group_advantages(torch.tensor([1, 0, 0, 1]).to(dtype), 4)
+def test_rewards_of_any_real_dtype(backend: Backend, dtype: torch.dtype) -> None:
+    rewards = torch.tensor([1, 0, 0, 1], device=backend.device)
+    got = group_advantages(rewards.to(dtype), 4)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, group_advantages(torch.tensor([1.0, 0, 0, 1]), 4))
+    assert torch.equal(got, group_advantages(rewards.float(), 4))
 
 
-def test_advantages_are_detached_and_rewards_unchanged() -> None:
-    rewards = torch.tensor([1.0, NAN, 0.0, 0.5], requires_grad=True)
+def test_advantages_are_detached_and_rewards_unchanged(backend: Backend) -> None:
+    rewards = torch.tensor([1.0, NAN, 0.0, 0.5], device=backend.device, requires_grad=True)
     before = rewards.detach().clone()
     assert not group_advantages(rewards, 4).requires_grad
     assert torch.equal(rewards.detach().nan_to_num(9), before.nan_to_num(9))
+
+
+def test_strided_rewards_equal_their_copy(backend: Backend) -> None:
+    whole = backend.put(rand(24))
+    before = whole.clone()
+    assert torch.equal(group_advantages(whole[::2], 4), group_advantages(whole[::2].clone(), 4))
+    assert torch.equal(whole, before)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import device_of
+from ..dispatch import device_of
 
 LANE = 8  # columns of a lane: one 16-byte load of half-precision logits
 
@@ -236,17 +236,19 @@ class _ScoreRows(torch.autograd.Function):
         if token_ids.numel():
             with device_of(logits):
                 score_rows_kernel[(token_ids.numel(),)](
-                    logits,
-                    token_ids,
-                    mask,
-                    logps,
-                    entropy,
-                    top,
-                    log2_sum,
-                    logits.shape[1],
-                    logits.shape[2],
-                    *logits.stride(),
-                    temperature,
+                    logits_ptr=logits,
+                    token_ids_ptr=token_ids,
+                    mask_ptr=mask,
+                    logps_ptr=logps,
+                    entropy_ptr=entropy,
+                    top_ptr=top,
+                    log2_sum_ptr=log2_sum,
+                    T=logits.shape[1],
+                    V=logits.shape[2],
+                    stride_b=logits.stride(0),
+                    stride_t=logits.stride(1),
+                    stride_v=logits.stride(2),
+                    temperature=temperature,
                     **row_launch_config(logits.shape[2]),
                 )
         ctx.save_for_backward(logits, token_ids, mask, entropy, top, log2_sum)
@@ -266,20 +268,24 @@ class _ScoreRows(torch.autograd.Function):
         if token_ids.numel():
             with device_of(logits):
                 gradient_rows_kernel[(token_ids.numel(),)](
-                    logits,
-                    d_logits,
-                    token_ids,
-                    mask,
-                    d_logps,
-                    None if d_entropy is None else d_entropy.contiguous(),
-                    entropy,
-                    top,
-                    log2_sum,
-                    logits.shape[1],
-                    logits.shape[2],
-                    *logits.stride(),
-                    *d_logits.stride(),
-                    ctx.temperature,
+                    logits_ptr=logits,
+                    d_logits_ptr=d_logits,
+                    token_ids_ptr=token_ids,
+                    mask_ptr=mask,
+                    d_logps_ptr=d_logps,
+                    d_entropy_ptr=None if d_entropy is None else d_entropy.contiguous(),
+                    entropy_ptr=entropy,
+                    top_ptr=top,
+                    log2_sum_ptr=log2_sum,
+                    T=logits.shape[1],
+                    V=logits.shape[2],
+                    stride_b=logits.stride(0),
+                    stride_t=logits.stride(1),
+                    stride_v=logits.stride(2),
+                    d_stride_b=d_logits.stride(0),
+                    d_stride_t=d_logits.stride(1),
+                    d_stride_v=d_logits.stride(2),
+                    temperature=ctx.temperature,
                     **row_launch_config(logits.shape[2]),
                 )
         if ctx.inplace:

@@ -1,37 +1,24 @@
-"""Argument checks: every refusal is a `ValueError` with the value received and the remedy.
+"""Checks of what a call is given: every refusal is a `ValueError` with the value received and the remedy.
 
-Checks of values (token ids, rewards, cu_seqlens) read the tensor, which on a GPU waits for the device once each.
+Checks of values (token ids, rewards, cu_seqlens) read the tensor, which on a GPU waits for the device once each. What
+can be checked without tensors is in `options`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .reference import PolicyOptions
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "tinyllava_video_r1")
-SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "icepop")
-# Options that a loss type would ignore, with the value that leaves them out.
-UNUSED_OPTIONS: dict[str, dict[str, object]] = {
-    "tinyllava_video_r1": {
-        "epsilon_high": None,
-        "delta": None,
-        "importance_sampling_level": "token",
-        "kl_estimator": "k3",
-    },
-    "cispo": {"delta": None},
-    "sapo": {"epsilon_high": None, "delta": None},
-}
+from .options import SCALES, LossOptions, check_choice, check_count, check_number, require
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LossArguments(PolicyOptions):
-    """The keywords that `grpo_loss` and `linear_grpo_loss` share. "Per token" is the shape of token_ids."""
+class LossArguments:
+    """What a call of a loss gives beside its rows and token ids. "Per token" is the shape of token_ids."""
 
+    options: LossOptions
     mask: Tensor | None = None  # per token, bool or 0/1 integers, True = loss token; None: all
     cu_seqlens: Tensor | None = None  # (B + 1,) integers, packed input only: sequence b is rows [b] to [b + 1]
     rewards: Tensor | None = None  # (R,), of this call (R = B) or, with sequence_index, of the whole update
@@ -39,35 +26,10 @@ class LossArguments(PolicyOptions):
     group_ids: Tensor | None = None  # (R,) integers: the group of each reward, for uneven groups
     sequence_index: Tensor | None = None  # (B,) integers: the row of `rewards` that belongs to each sequence
     advantages: Tensor | None = None  # (B,) or per token; instead of rewards
-    scale_rewards: str = "group"  # divide by the deviation of the group | batch | none
-    advantage_eps: float = 1e-4
-    leave_one_out: bool = False  # baseline: mean of the other completions of the group
     old_logps: Tensor | None = None  # per token, of the policy before the update; None: on-policy
     ref_logps: Tensor | None = None  # per token, of the reference policy
     sampler_logps: Tensor | None = None  # per token, of the engine that sampled
-    temperature: float = 1.0  # logits are divided by it
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{name}={value!r} is not supported: use one of {', '.join(choices)}")
-
-
-def check_number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
-    """Refuse what is not a finite Python number greater than `above` and not below `at_least`."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    bound = f" > {above}" if above > -math.inf else f" >= {at_least}" if at_least > -math.inf else ""
-    ok = is_number and math.isfinite(value) and value > above and value >= at_least  # type: ignore[arg-type, operator]
-    require(ok, f"{name}={value!r}: give a finite number{bound}")
-
-
-def check_count(name: str, value: object) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(ok, f"{name}={value!r}: give an integer >= 1")
+    normalizer: float | Tensor | None = None  # loss tokens or sequences of the whole update: LOSSES[loss_type].counts
 
 
 def check_shape(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> None:
@@ -120,64 +82,6 @@ def check_linear(
         check_count("chunk_size", chunk)
 
 
-def check_options(options: PolicyOptions) -> None:
-    """Check the scalars that choose the objective, and refuse what the chosen objective would ignore."""
-    check_choice("loss_type", options.loss_type, LOSS_TYPES)
-    check_choice("importance_sampling_level", options.importance_sampling_level, ("token", "sequence"))
-    check_choice("kl_estimator", options.kl_estimator, ("k1", "k2", "k3"))
-    check_choice("sampler_correction", options.sampler_correction, SAMPLER_CORRECTIONS)
-    check_number("beta", options.beta, at_least=0)
-    check_number("epsilon", options.epsilon, at_least=0)
-    check_number("entropy_coef", options.entropy_coef)
-    check_number("sampler_cap", options.sampler_cap, above=0)
-    check_number("sampler_floor", options.sampler_floor, at_least=0)
-    check_number("sapo_temperature_pos", options.sapo_temperature_pos, above=0)
-    check_number("sapo_temperature_neg", options.sapo_temperature_neg, above=0)
-    check_number("top_entropy_quantile", options.top_entropy_quantile, above=0)
-    require(
-        options.top_entropy_quantile <= 1,
-        f"top_entropy_quantile={options.top_entropy_quantile}: give the share of tokens to keep, at most 1",
-    )
-    if options.log_ratio_clamp is not None:
-        check_number("log_ratio_clamp", options.log_ratio_clamp, above=0)
-    if options.off_policy_threshold is not None:
-        check_number("off_policy_threshold", options.off_policy_threshold, at_least=0)
-    if options.epsilon_high is not None:
-        check_number("epsilon_high", options.epsilon_high, at_least=0)
-    if options.max_completion_length is not None:
-        check_count("max_completion_length", options.max_completion_length)
-    _check_normalizer(options.normalizer)
-    _check_loss_type(options)
-
-
-def _check_loss_type(options: PolicyOptions) -> None:
-    """Check what one loss type needs, and what it would ignore."""
-    for name, value in UNUSED_OPTIONS.get(options.loss_type, {}).items():
-        received = getattr(options, name)
-        require(
-            received == value,
-            f"{name}={received!r} has no effect on loss_type={options.loss_type!r}: leave it out, or use 'grpo'",
-        )
-    if options.delta is not None:
-        high = options.epsilon if options.epsilon_high is None else options.epsilon_high
-        check_number("delta", options.delta, above=1 + high)
-    if options.loss_type == "dapo" and options.normalizer is None:
-        raise ValueError(
-            "loss_type='dapo' divides by the number of loss tokens of the whole update: give normalizer "
-            "(mask.sum() where this call is the whole update), or use loss_type='bnpo' for the tokens of this call"
-        )
-    if options.loss_type == "cispo" and options.normalizer is None:
-        raise ValueError("loss_type='cispo' divides by the loss tokens of the whole update: give normalizer")
-    if options.loss_type == "cispo" and options.epsilon_high is None:
-        raise ValueError("loss_type='cispo' cuts the ratio at epsilon_high=None: give the largest ratio, 5.0 say")
-    if options.loss_type == "dr_grpo" and options.max_completion_length is None:
-        raise ValueError("loss_type='dr_grpo' divides by max_completion_length=None: give the length limit")
-    if options.loss_type == "luspo" and options.importance_sampling_level != "sequence":
-        raise ValueError(
-            f"importance_sampling_level={options.importance_sampling_level!r}: loss_type='luspo' needs 'sequence'"
-        )
-
-
 def _check_normalizer(normalizer: float | Tensor | None) -> None:
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
@@ -186,7 +90,7 @@ def _check_normalizer(normalizer: float | Tensor | None) -> None:
 
 
 def check_advantage_options(scale_rewards: str, eps: float, noise_std: float = 0.0) -> None:
-    check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
+    check_choice("scale_rewards", scale_rewards, SCALES)
     check_number("eps", eps, at_least=0)
     check_number("noise_std", noise_std, at_least=0)
 
@@ -220,7 +124,7 @@ def check_groups(rewards: Tensor, num_generations: int | None, group_ids: Tensor
 def check_inplace(logits: Tensor, has_kernel: bool) -> None:
     """Refuse logits whose gradient cannot take their place."""
     where = f"{logits.dtype} on {logits.device.type}"
-    require(has_kernel, f"inplace=True is not supported yet for {where}: leave it out")
+    require(has_kernel, f"inplace=True needs the Triton kernel, which does not run for {where}: leave it out")
     is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
     require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
     repeated = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
@@ -254,16 +158,18 @@ def check_mask(mask: Tensor | None, token_ids: Tensor) -> Tensor:
 
 def check_loss_arguments(arguments: LossArguments, token_ids: Tensor, mask: Tensor, num_sequences: int) -> None:
     """Check everything but the logits and the values of the ids."""
-    check_options(arguments)
-    check_number("temperature", arguments.temperature, above=0)
+    options = arguments.options
+    options.check()
+    _check_normalizer(arguments.normalizer)
+    options.check_need("normalizer", arguments.normalizer, is_missing=arguments.normalizer is None)
     for name in ("old_logps", "ref_logps", "sampler_logps"):
         if (logps := getattr(arguments, name)) is not None:
             check_floats(name, logps, tuple(token_ids.shape), token_ids.device)
-    if arguments.beta and arguments.ref_logps is None:
-        raise ValueError(f"beta={arguments.beta} needs ref_logps: give them, or beta=0")
-    if arguments.loss_type == "tinyllava_video_r1" and arguments.old_logps is not None:
-        raise ValueError("old_logps has no effect on the on-policy loss_type='tinyllava_video_r1': use 'grpo'")
-    if arguments.off_policy_threshold is not None and arguments.old_logps is None and arguments.sampler_logps is None:
+    if options.beta and arguments.ref_logps is None:
+        raise ValueError(f"beta={options.beta} needs ref_logps: give them, or beta=0")
+    if options.loss.is_on_policy and arguments.old_logps is not None:
+        raise ValueError(f"old_logps has no effect on the on-policy loss_type={options.loss_type!r}: use 'grpo'")
+    if options.off_policy_threshold is not None and arguments.old_logps is None and arguments.sampler_logps is None:
         raise ValueError("off_policy_threshold has no effect on-policy: give old_logps or sampler_logps")
     if not isinstance(arguments.normalizer, Tensor) and arguments.normalizer == 0 and mask.any():
         raise ValueError("normalizer=0, but this call has loss tokens: count them in")
@@ -271,7 +177,6 @@ def check_loss_arguments(arguments: LossArguments, token_ids: Tensor, mask: Tens
 
 
 def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_sequences: int) -> None:
-    check_advantage_options(arguments.scale_rewards, arguments.advantage_eps)
     rewards, advantages, index = arguments.rewards, arguments.advantages, arguments.sequence_index
     require((rewards is None) != (advantages is None), "give exactly one of rewards and advantages")
     if advantages is not None:
@@ -280,10 +185,13 @@ def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_seq
         per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (num_sequences,)
         shape = (num_sequences,) if per_sequence else tuple(token_ids.shape)
         check_floats("advantages", advantages, shape, token_ids.device)
-    elif index is None:
+        return
+    assert rewards is not None
+    if index is None:
         check_shape("rewards", rewards, (num_sequences,), token_ids.device)
-    elif rewards is not None:
+    else:
         check_integers("sequence_index", index, (num_sequences,), token_ids.device)
         check_shape("rewards", rewards, (len(rewards),), token_ids.device)
         bad = (index < 0) | (index >= len(rewards))
         require(not bad.any(), f"sequence_index={index.tolist()} leaves the {len(rewards)} rewards")
+    check_groups(rewards, arguments.num_generations, arguments.group_ids)

@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastr1_kernels
-from fastr1_kernels import group_advantages, grpo_loss, selective_log_softmax
+from fastr1_kernels import LOSSES, dispatch, group_advantages, grpo_loss, selective_log_softmax
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -33,12 +32,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # largest block: CUDA C Programming Guide
 REGISTERS = 65_536  # of a multiprocessor
 VOCABULARY = 151_936
-LOSSES = {
-    "grpo": {"loss_type": "grpo"},
-    "dapo": {"loss_type": "dapo", "normalizer": 7, "entropy_coef": 0.1},
-    "cispo": {"loss_type": "cispo", "normalizer": 7, "epsilon_high": 5.0},
-    "sapo": {"loss_type": "sapo"},
-    "tinyllava_video_r1": {"loss_type": "tinyllava_video_r1"},
+NEEDED = {"epsilon_high": 5.0, "max_completion_length": 8}  # values of what a loss needs
+# A loss for every kernel: rows of the table that differ in reduction or denominator only share one.
+KERNELS = {(row.objective, row.kl): name for name, row in reversed(LOSSES.items())}
+CALLS = {
+    name: {"loss_type": name, "normalizer": 7, "entropy_coef": 0.1 * (name == "grpo")}
+    | {need: NEEDED[need] for need in LOSSES[name].needs if need != "normalizer"}
+    for name in KERNELS.values()
 }
 LOGPS = {
     "on_policy": [],
@@ -82,7 +82,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(fastr1_kernels.dispatch, "INTERPRETED", True)  # CPU tensors take the way of GPU tensors
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)  # CPU tensors take the way of GPU tensors
     previous = driver._active
     yield compiled
     driver._active = previous
@@ -140,11 +140,11 @@ def check(compiled: list[Compiled], architecture: int, folder: Path, blocks: int
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("inputs", LOGPS.values(), ids=LOGPS.keys())
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("loss", CALLS.values(), ids=CALLS.keys())
 def test_loss_kernels_compile(
     launches: list[Compiled], tmp_path: Path, loss: dict[str, Any], inputs: list[str], architecture: int
 ) -> None:
-    if loss["loss_type"] == "tinyllava_video_r1" and "old_logps" in inputs:
+    if LOSSES[loss["loss_type"]].is_on_policy:
         inputs = [name for name in inputs if name != "old_logps"]
     target(architecture)
     beta = {"beta": 0.1} if "ref_logps" in inputs else {}
@@ -187,7 +187,7 @@ def test_the_check_for_spills_can_fail(
 ) -> None:
     target(90)
     starved = {"BLOCK": 8192, "num_warps": 4, "maxnreg": 32}
-    monkeypatch.setattr("fastr1_kernels.logps_triton.row_launch_config", lambda vocabulary: starved)
+    monkeypatch.setattr("fastr1_kernels.gpu.rows.row_launch_config", lambda vocabulary: starved)
     selective_log_softmax(logits_of((2, VOCABULARY), torch.bfloat16), torch.zeros(2, dtype=torch.long))
     with pytest.raises(AssertionError, match="score_rows_kernel spills on sm_90"):
         check(launches, 90, tmp_path)

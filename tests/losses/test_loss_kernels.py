@@ -1,0 +1,82 @@
+"""What only the loss kernels do: gradients in the place of the logits, and one backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend
+from loss_cases import ADVANTAGES, LOGITS, MASK, TOKEN_IDS, B, T, V, by_some
+from torch import Tensor
+
+from fastr1_kernels import GRPOOutput, grpo_loss
+
+
+@by_some
+def test_inplace_gives_the_same_and_overwrites_the_logits_only(kernels: Backend, arguments: dict[str, Any]) -> None:
+    whole = torch.zeros(B, T + 1, 2 * V, device=kernels.device)
+    whole[:, :-1, ::2] = LOGITS
+    others = {"mask": MASK, "advantages": ADVANTAGES} | arguments
+    others = {k: kernels.put(v) for k, v in others.items()}
+    results = []
+    for inplace in (False, True):
+        leaf = whole.clone().requires_grad_()
+        logits = leaf * 1.0
+        view = logits[:, :-1, ::2]
+        output = grpo_loss(view, TOKEN_IDS.to(kernels.device), inplace=inplace, **others)
+        output.loss.backward()
+        changed = whole.clone()
+        changed[:, :-1, ::2] = leaf.grad[:, :-1, ::2] if inplace else whole[:, :-1, ::2]  # type: ignore[index]
+        assert torch.equal(logits.detach(), changed)
+        results.append([output.loss, leaf.grad, output.logps, output.entropy])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def inplace_loss(kernels: Backend, logits: Tensor, **more: Any) -> GRPOOutput:
+    arguments = {"mask": MASK, "advantages": ADVANTAGES, "loss_type": "grpo", "inplace": True} | more
+    arguments = {k: kernels.put(v) for k, v in arguments.items()}
+    return grpo_loss(logits, TOKEN_IDS.to(logits.device), **arguments)
+
+
+def test_inplace_without_gradient_changes_nothing(kernels: Backend) -> None:
+    logits = kernels.put(LOGITS)
+    before = logits.clone()
+    inplace_loss(kernels, logits)
+    with torch.no_grad():
+        inplace_loss(kernels, logits.requires_grad_() * 1.0)
+    assert torch.equal(logits, before)
+
+
+def test_inplace_refusals(kernels: Backend) -> None:
+    logits = kernels.put(LOGITS)
+    with pytest.raises(ValueError, match="leaf"):
+        inplace_loss(kernels, logits.clone().requires_grad_())
+    with pytest.raises(ValueError, match="share memory"):
+        inplace_loss(kernels, logits[:1].clone().requires_grad_().expand(B, -1, -1))
+    with pytest.raises(ValueError, match=r"inplace=True needs the Triton kernel.*torch\.float64"):
+        inplace_loss(kernels, logits.double().requires_grad_() * 1.0)
+    # tanh needs its output for its own gradient: autograd must notice that it is gone.
+    output = inplace_loss(kernels, torch.tanh(logits.clone().requires_grad_()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.loss.backward()
+
+
+@by_some
+def test_one_backward_pass(kernels: Backend, arguments: dict[str, Any]) -> None:
+    others = {"mask": MASK, "advantages": ADVANTAGES} | arguments
+    others = {k: kernels.put(v) for k, v in others.items()}
+    logits = kernels.put(LOGITS).requires_grad_()
+    output = grpo_loss(logits, TOKEN_IDS.to(kernels.device), **others)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(output.loss, logits, create_graph=True)
+
+
+def test_second_backward_through_a_kept_graph_is_refused(kernels: Backend) -> None:
+    logits = kernels.put(LOGITS).requires_grad_()
+    output = grpo_loss(
+        logits, TOKEN_IDS.to(kernels.device), advantages=ADVANTAGES.float().to(kernels.device), loss_type="grpo"
+    )
+    (2 * output.loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.loss.backward()
