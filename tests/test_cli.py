@@ -217,6 +217,7 @@ def run_script(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 SCRIPT = REPOSITORY / "fastr1" / "train.py"
+KERNELS = f"sys.path.append({str(REPOSITORY / 'kernels')!r}); "  # as an installation would
 # What `python fastr1/train.py …` does: the folder of the script is first on the path.
 RUN = (
     f"import runpy; sys.path[:1] = [{str(SCRIPT.parent)!r}]; sys.argv = ['train.py', *ARGUMENTS]\n"
@@ -250,7 +251,7 @@ def test_script_finds_both_packages_and_keeps_its_folder_off_the_path(tmp_path: 
 
 
 def test_importing_the_script_as_a_module_leaves_the_path_alone() -> None:
-    done = run_script(REPOSITORY, "before = list(sys.path); import fastr1.train; print(before == sys.path)")
+    done = run_script(REPOSITORY, f"{KERNELS}before = list(sys.path); import fastr1.train; print(before == sys.path)")
     assert done.stdout == "True\n", done.stderr
 
 
@@ -268,5 +269,5 @@ def test_launcher_rank_reaches_the_environment_unless_set(config: Path, monkeypa
 
 def test_help_is_quick(tmp_path: Path) -> None:
     code = "import fastr1.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    done = run_script(REPOSITORY, code)
+    done = run_script(REPOSITORY, KERNELS + code)
     assert done.stdout.splitlines()[-1] == "False"

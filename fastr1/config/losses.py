@@ -9,7 +9,7 @@ from fastr1_kernels.options import LossOptions
 
 
 def loss_options(grpo: GRPOConfig) -> LossOptions:
-    """Every field of `LossOptions` from the field of `GRPOConfig` that has its name; the default where there is none."""
+    """Every field of `LossOptions` from the field of `GRPOConfig` of that name; its default where there is none."""
     given = {field.name for field in fields(GRPOConfig)}
     return LossOptions(
         **{field.name: getattr(grpo, field.name) for field in fields(LossOptions) if field.name in given}
