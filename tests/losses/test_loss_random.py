@@ -139,7 +139,7 @@ def test_grpo_loss_of_random_calls(backend: Backend, loss_type: str) -> None:
             for got, value in zip(output.metrics[name], pair, strict=True):
                 torch.testing.assert_close(got.cpu(), value, rtol=10 * floor, atol=10 * floor, check_dtype=False)
 
-    run_examples(check, loss_type, 6 if backend.has_kernels else 60)
+    run_examples(check, loss_type, 6 if backend.has_kernels else 40)
 
 
 @by_loss
@@ -159,4 +159,4 @@ def test_linear_grpo_loss_of_random_calls(loss_type: str) -> None:
             assert_as_accurate(*values, floor=1e-11)
         assert output.metrics.keys() == metrics.keys()
 
-    run_examples(check, loss_type, 60)
+    run_examples(check, loss_type, 40)
