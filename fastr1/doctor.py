@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from fastr1.config import ModelConfig
+
 _LEVEL_STEP = 15  # grey levels between the frames of the test clip: half of it tells a frame from its neighbours
-PIP_TRAIN = 'pip install "fastr1[train]"'
+PIP_TRAIN = 'pip install -e ".[train]" in the fastr1 checkout'
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,18 @@ _LIBRARIES = (
         "pip install torchcodec (0.13 with a CPU-only torch, 0.14 or later with CUDA 13) and FFmpeg 4 to 8 shared "
         "libraries, or run scripts/link_ffmpeg.py; without torchcodec, PyAV decodes on the CPU",
     ),
-    _Library("liger-kernel", "liger_kernel", False, "pip install liger-kernel (peers in the benches)"),
-    _Library("flash-attn", "flash_attn", False, "pip install flash-attn --no-build-isolation (optional, GPU only)"),
+    _Library(
+        "liger-kernel",
+        "liger_kernel",
+        False,
+        "pip install liger-kernel (a peer in the benches; training does not use it)",
+    ),
+    _Library(
+        "flash-attn",
+        "flash_attn",
+        False,
+        "pip install flash-attn --no-build-isolation (GPU only; for model.attn_implementation flash_attention_2)",
+    ),
 )
 
 
@@ -62,7 +74,7 @@ def run_checks() -> list[Check]:
     checks = [_check_python(), *(_check_library(library) for library in _LIBRARIES)]
     checks.append(_try("fastr1_kernels", _check_kernels, True, "pip install -e . in the fastr1 checkout"))
     checks.append(_try("device", _describe_devices, True, "install torch"))
-    checks.append(_try("attention", _describe_attention, True, "install torch"))
+    checks.append(_try("attention", _describe_attention, True, ""))
     checks.append(_try("deepspeed accelerator", _describe_accelerator, True, PIP_TRAIN))
     checks.append(_try("video decoding", check_video, True, f"{PIP_TRAIN}; see the line of the decoder above"))
     return checks
@@ -189,15 +201,7 @@ def _describe_devices() -> str:
 
 
 def _describe_attention() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return "sdpa"
-    try:
-        importlib.import_module("flash_attn")
-    except ImportError:
-        return "sdpa (flash-attn is not importable)"
-    return "flash-attn"
+    return f"{ModelConfig.attn_implementation}, unless model.attn_implementation says otherwise"
 
 
 def _describe_accelerator() -> str:
