@@ -14,7 +14,7 @@ import pytest
 from fastr1.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/configuration.md", "docs/design.md")
+PAGES = ("README.md", "docs/configuration.md", "docs/design.md", "docs/extending.md")
 README = (ROOT / "README.md").read_text()
 LIBRARY = sorted([*(ROOT / "fastr1").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MAX_LINES = 350
