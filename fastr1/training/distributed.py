@@ -40,7 +40,7 @@ PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
 
 
 class DistributedError(ValueError):
-    """The engine cannot do what was asked. The message names the value received and the remedy."""
+    """The distributed model cannot do what was asked. The message names the value received and the remedy."""
 
 
 class NonFiniteGradientError(DistributedError):
@@ -211,13 +211,13 @@ class DistributedModel:
         self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
     def load(self, directory: Path, tag: str) -> None:
-        """Restore what `save` wrote, into an engine that has not trained yet. All ranks call it."""
+        """Restore what `save` wrote, into a model that has not trained yet. All ranks call it."""
         path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise DistributedError(f"DeepSpeed found no checkpoint in {directory / tag}")
 
     def close(self) -> None:
-        """Wait for the other ranks, release DeepSpeed, and destroy the process group if this engine created it."""
+        """Wait for the other ranks, release DeepSpeed, and destroy the process group if this object created it."""
         dist.barrier()
         self._engine.destroy()
         if self._owns_process_group:
@@ -226,7 +226,7 @@ class DistributedModel:
 
 
 def launched_world_size() -> int:
-    """Number of processes of this run, known before any engine exists."""
+    """Number of processes of this run, known before any `DistributedModel` exists."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1

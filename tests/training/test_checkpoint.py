@@ -33,7 +33,7 @@ def seed_everything(seed: int) -> None:
 
 
 def train_with_and_without_resume(output_dir: Path, stage: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Parameters after 4 updates, and after 2 updates, a save, a load into a fresh engine and 2 more."""
+    """Parameters after 4 updates, and after 2 updates, a save, a load into a fresh model and 2 more."""
     rank_seed = 5
     straight = make_engine(stage, dtype=dtype)
     seed_everything(rank_seed + straight.rank)
