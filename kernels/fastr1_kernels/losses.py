@@ -80,13 +80,10 @@ def grpo_loss(
 ) -> GRPOOutput:
     """Objective of every loss token plus β·KL, reduced as the row of `loss_type` in `LOSSES` says.
 
-    The keywords from `loss_type` on are the fields of `LossOptions`; `options` gives them all at once. Formulas and the
-    meaning of every keyword are in the README of this package. Exactly one of `rewards` and `advantages` is given. All
-    log-probabilities but those of `logits`, and the advantages, are constants.
-
-    `normalizer` fixes the denominator for an update that is computed in several calls: the number of loss tokens or of
-    sequences (`LOSSES[loss_type].counts`) of the whole update. The losses of the calls then add up to the loss of one
-    call with everything.
+    The keywords from `loss_type` on are the fields of `LossOptions`; `options` gives them all at once. Formulas and
+    every keyword: the README of this package. Exactly one of `rewards` and `advantages` is given; they and all
+    log-probabilities but those of `logits` are constants. `normalizer`, the loss tokens or sequences
+    (`LOSSES[loss_type].counts`) of the whole update, makes the losses of its calls add up to that of one call.
 
     With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
     one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.

@@ -46,6 +46,11 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+def kept_tokens(mask: Tensor) -> Tensor:
+    """All but what follows the last loss token of its sequence, (B, T) bool."""
+    return mask.flip(1).cumsum(1).flip(1) > 0
+
+
 @st.composite
 def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
     """Arguments of a call that is accepted, with `logits` etc.; tensors are float64 and padded."""
@@ -77,7 +82,9 @@ def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
         call |= {"rewards": rand(b, seed=seed + 6), "group_ids": torch.arange(b) % draw(st.integers(1, 3))}
     else:
         call["advantages"] = rand(*((b,) if source == "sequence" else (b, t)), seed=seed + 6)
-    call["is_packed"] = draw(st.booleans())
+    # Packed, as many advantages as sequences are one per sequence, also where there are as many tokens.
+    is_ambiguous = source == "token" and kept_tokens(mask).sum() == b
+    call["is_packed"] = draw(st.booleans()) and not is_ambiguous
     return call
 
 
@@ -105,7 +112,7 @@ def expected(keywords: dict[str, Any], logits: Tensor, ids: Tensor, dtype: torch
 
 def packed(inputs: dict[str, Any], mask: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Inputs without what follows the last loss token of every sequence, and which tokens that leaves, (B, T) bool."""
-    kept = mask.flip(1).cumsum(1).flip(1) > 0
+    kept = kept_tokens(mask)
     flat = {k: v[kept] if isinstance(v, Tensor) and v.shape[:2] == mask.shape else v for k, v in inputs.items()}
     return flat | {"cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.long), kept.sum(1).cumsum(0)])}, kept
 
