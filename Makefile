@@ -3,6 +3,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= runs/demo
+SEED ?= 0
 
 # Several torch processes on few cores: idle threads must sleep, not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,8 +18,8 @@ help:  ## list the targets
 $(READY): requirements.txt pyproject.toml scripts/setup_env.sh
 	@scripts/setup_env.sh
 
-demo: $(READY)  ## the whole pipeline on generated clips, on a CPU or a GPU; OUTPUT=runs/demo
-	$(BIN)/fastr1 demo --output-dir $(OUTPUT)
+demo: $(READY)  ## the whole pipeline on generated clips, on a CPU or a GPU; SEED=0 OUTPUT=runs/demo
+	$(BIN)/fastr1 demo --output-dir $(OUTPUT) --seed $(SEED)
 
 demo-base: $(READY)  ## train the demo's base model from nothing, as the shipped one was; OUTPUT=runs/demo
 	$(BIN)/python -m fastr1.demo.pretrain --output $(OUTPUT)/base_model
