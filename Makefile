@@ -3,13 +3,14 @@
 BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= runs/demo
+SEED ?= 0
 
 # Several torch processes on few cores: idle threads must sleep, not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Shapes in the tests are tiny: more threads make them slower.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo demo-base test test-slow test-gpu lint format format-check typecheck check clean
+.PHONY: help demo demo-base readme test test-slow test-gpu lint format format-check typecheck check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,11 +18,14 @@ help:  ## list the targets
 $(READY): requirements.txt pyproject.toml scripts/setup_env.sh
 	@scripts/setup_env.sh
 
-demo: $(READY)  ## the whole pipeline on generated clips, on a CPU or a GPU; OUTPUT=runs/demo
-	$(BIN)/fastr1 demo --output-dir $(OUTPUT)
+demo: $(READY)  ## the whole pipeline on generated clips, on a CPU or a GPU; SEED=0 OUTPUT=runs/demo
+	$(BIN)/fastr1 demo --output-dir $(OUTPUT) --seed $(SEED)
 
-demo-base: $(READY)  ## train the demo's base model from nothing, as the shipped one was; OUTPUT=runs/demo
+demo-base: $(READY)  ## train a base model for the demo from nothing, 37 minutes; OUTPUT=runs/demo
 	$(BIN)/python -m fastr1.demo.pretrain --output $(OUTPUT)/base_model
+
+readme: $(READY)  ## the measured numbers and the chart of README.md, from the rows in bench/results
+	$(BIN)/python scripts/render_readme.py
 
 test: $(READY)  ## the CPU tests
 	$(BIN)/python -m pytest

@@ -47,7 +47,7 @@ def _write_split(root: Path, split: str, size: int, rng: np.random.Generator) ->
     folder = root / "videos" / split
     folder.mkdir(parents=True, exist_ok=True)
     pairs = []
-    # Letters are dealt from a shuffled deck: tied to the turn, they would give the answer away to a blind model.
+    # Letters are dealt from a shuffled deck: tied to the turn, they would give the answer away unseen.
     letters = rng.permutation(list(LETTERS) * math.ceil(size / len(LETTERS)))
     for i in tqdm(range(size), desc=f"writing {split} clips", disable=None):
         turn, kind = divmod(i, len(KINDS))

@@ -6,28 +6,32 @@ Training runs through the same command a user types, `deepspeed fastr1/train.py 
 from __future__ import annotations
 
 import json
-import logging
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastr1.config import Control, load_config
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluation.multiple_choice import evaluate_checkpoint
-from fastr1.reporting.curves import write_report
+from fastr1.reporting.curves import SUMMARY_FILE, write_report
 from fastr1.reporting.run_log import METRICS_FILE, read_rows
-
-logger = logging.getLogger(__name__)
+from fastr1.schema import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COLD_START_CONFIG = REPOSITORY / "configs" / "demo_coldstart.json"
 GRPO_CONFIG = REPOSITORY / "configs" / "grpo.json"
+SHOWN_INSTEAD: tuple[Control, ...] = ("shuffled_frames", "repeated_frame", "blank_video")  # from most to least seen
+MARK = ".demo"  # lies in every run folder that a demo made
 
 
 def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -36,13 +40,13 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
     Args:
         seed: of the data, the cold start and the rollouts.
         overrides: further `a.b=c` settings of the GRPO run.
+
+    Raises: DataError where a run that no demo made is in the way; nothing is deleted then.
     """
     root = Path(output_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    for earlier in (root / "coldstart", root / "grpo"):
-        if earlier.exists():
-            print(f"removing {earlier} of an earlier demo", flush=True)
-            shutil.rmtree(earlier)
+    data, cold_start, grpo = root / "data", root / "coldstart", root / "grpo"
+    _make_run_folders(cold_start, grpo)
+    conditions = _conditions()
     seconds: dict[str, float] = {}
 
     def timed(phase: str, action: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,47 +56,76 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
         seconds[phase] = round(time.perf_counter() - start, 1)
         return result
 
-    data = root / "data"
-    paths = [f"data.video_root={data}", f"run.seed={seed}"]
+    shared = [f"data.video_root={data}", f"run.seed={seed}"]
     timed("data", write_demo_dataset, data, seed=seed)
-    sft = [*paths, f"data.train_file={data / 'coldstart.json'}", f"run.output_dir={root / 'coldstart'}"]
-    sft += [f"model.path={REPOSITORY / 'fastr1' / 'demo' / 'base_model'}"]
-    timed("cold_start", launch, COLD_START_CONFIG, sft)
-    before = timed("evaluate_before", _evaluate, root, root / "coldstart" / "final")
-    grpo = [
-        *paths,
-        f"data.train_file={data / 'train.jsonl'}",
-        f"data.eval_file={data / 'test.jsonl'}",
-        f"model.path={root / 'coldstart' / 'final'}",
-        f"run.output_dir={root / 'grpo'}",
-        *overrides,
-    ]
-    timed("grpo", launch, GRPO_CONFIG, grpo)
-    after = timed("evaluate_after", _evaluate, root, root / "grpo" / "final")
-    blank = timed("evaluate_blank_video", _evaluate, root, root / "grpo" / "final", control="blank_video")
-
+    first = [f"data.train_file={data / 'coldstart.json'}", f"run.output_dir={cold_start}"]
+    first += [f"model.path={REPOSITORY / 'fastr1' / 'demo' / 'base_model'}"]
+    timed("cold_start", launch, COLD_START_CONFIG, [*shared, *first])
+    before = timed("evaluate_before", _evaluate, root, cold_start / "final")
+    then = [f"data.train_file={data / 'train.jsonl'}", f"data.eval_file={data / 'test.jsonl'}"]
+    then += [f"model.path={cold_start / 'final'}", f"run.output_dir={grpo}"]
+    timed("grpo", launch, GRPO_CONFIG, [*shared, *then, *overrides])
+    after = timed("evaluate_after", _evaluate, root, grpo / "final")
+    controls = {
+        control: timed(f"evaluate_{control}", _evaluate, root, grpo / "final", control=control)
+        for control in SHOWN_INSTEAD
+    }
     summary = {
-        "accuracy_before": before["accuracy"],
-        "accuracy_after": after["accuracy"],
-        "accuracy_blank_video": blank["accuracy"],
-        "chance": 1 / len(LETTERS),
-        "format_rate_before": before["format_rate"],
-        "format_rate_after": after["format_rate"],
-        "steps": read_rows(root / "grpo" / METRICS_FILE)[-1]["step"],
         "seed": seed,
         "num_questions": int(after["num_questions"]),
+        "chance": 1 / len(LETTERS),
+        "updates": read_rows(grpo / METRICS_FILE)[-1]["step"],
         "before": before,
         "after": after,
+        "controls": controls,
         "seconds": seconds,
-        "title": "GRPO on the demo clips",
-        "accuracy": {"cold start": before["accuracy"], "blank video": blank["accuracy"]},
+        "conditions": conditions,
+        "title": f"GRPO on the demo clips, seed {seed}",
+        "accuracy": {"cold start": before["accuracy"], "blank video": controls["blank_video"]["accuracy"]},
     }
-    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (root / "grpo" / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    curves = write_report(root / "grpo", root / "curves.png")
+    for folder in (root, grpo):
+        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    curves = write_report(grpo, root / "curves.png")
     print(format_table(summary))
-    print(f"curves: {curves}   summary: {root / 'summary.json'}   model: {root / 'grpo' / 'final'}")
+    print(f"curves: {curves}   summary: {root / SUMMARY_FILE}   model: {grpo / 'final'}")
     return summary
+
+
+def _make_run_folders(*folders: Path) -> None:
+    """Empty, marked folders. Those of an earlier demo are removed; any other that holds something is refused."""
+    for folder in folders:
+        if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+            raise DataError(
+                f"{folder} was not made by a demo (it has no {MARK}) and is not deleted: choose another --output-dir "
+                "(with make: OUTPUT=…), or move that folder away"
+            )
+    for folder in folders:
+        if (folder / MARK).exists():
+            print(f"removing {folder} of an earlier demo", flush=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text("This run was made by `fastr1 demo`; the next demo in this place removes it.\n")
+
+
+def _conditions() -> dict[str, Any]:
+    """What was run, when, and what its seconds depend on; commit and dirty are None outside a git checkout."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    if not (REPOSITORY / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def launch(config: Path, overrides: Sequence[str]) -> None:
@@ -129,15 +162,18 @@ def _evaluate(root: Path, model: Path, *, control: Control | None = None) -> dic
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """The result as text: accuracy and format before and after, per kind of question, and seconds per phase."""
-    before, after = summary["before"], summary["after"]
-    lines = ["", f"{'held-out questions':<28}{'cold start':>12}{'after GRPO':>12}"]
-    names = ["accuracy", *(key for key in after if key.startswith("accuracy/")), "format_rate", "completion_length"]
-    for name in names:
-        scale, unit = (1, " tokens") if name == "completion_length" else (100, " %")
-        lines.append(f"{name:<28}{before[name] * scale:>10.1f}{unit[:2]}{after[name] * scale:>10.1f}{unit[:2]}")
-    lines.append(f"{'accuracy, blank video':<28}{'':>12}{summary['accuracy_blank_video'] * 100:>10.1f} %")
-    lines.append(f"{'chance':<28}{'':>12}{summary['chance'] * 100:>10.1f} %")
-    spent = ", ".join(f"{phase} {value:.0f}" for phase, value in summary["seconds"].items())
-    lines.append(f"{summary['steps']} updates; seconds: {spent} (total {sum(summary['seconds'].values()):.0f})")
+    """The result as text: before, after, and what was shown instead of the clips; then seconds per phase."""
+    columns = {"cold start": summary["before"], "after GRPO": summary["after"]}
+    columns |= {control.replace("_", " "): rates for control, rates in summary["controls"].items()}
+    lines = ["", f"{'held-out questions':<22}" + "".join(f"{name:>17}" for name in columns)]
+    after = summary["after"]
+    for name in ("accuracy", *(key for key in after if key.startswith("accuracy/")), "format_rate"):
+        lines.append(f"{name:<22}" + "".join(f"{100 * rates[name]:>15.1f} %" for rates in columns.values()))
+    lengths = (f"{rates['completion_length']:>10.1f} tokens" for rates in columns.values())
+    lines.append(f"{'completion_length':<22}" + "".join(lengths))
+    seconds = summary["seconds"]
+    spent = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
+    size = f"{summary['num_questions']} questions, seed {summary['seed']}, {summary['updates']} updates"
+    lines.append(f"chance {100 * summary['chance']:.0f} %, {size}")
+    lines.append(f"seconds: {spent} (total {sum(seconds.values()):.0f})")
     return "\n".join(lines)

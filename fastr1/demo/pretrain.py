@@ -1,6 +1,8 @@
-"""Train the demo's base model from nothing, as the parts of the paper's base were trained: tower, text, then together.
+"""Train a base model for the demo from nothing, as the parts of the paper's base were trained: tower, text, together.
 
     python -m fastr1.demo.pretrain --output fastr1/demo/base_model
+
+The shipped weights were made in more steps than this one command; docs/design.md tells which.
 
 1. Tower and connector learn, from single frames, which cell each colour is in (a linear head that is thrown away).
 2. The decoder learns, from text alone, to look up the letter of an option, five times per sample.
@@ -28,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastr1.config import INSTRUCTION
 from fastr1.demo.base import IMAGE_SIZE, TAGS, build_model, build_tokenizer
+from fastr1.demo.digest import write_digest
 from fastr1.demo.scenes import (
     COLOURS,
     COUNTS,
@@ -95,7 +98,10 @@ def pretrain(
     joint_steps: int = 1700,
     answer_steps: int = 520,
 ) -> None:
-    """Run the stages and write the model in bfloat16 to `output`. The seed fixes data and initial weights."""
+    """Run the stages; write the model in bfloat16, and the digest of its sources, to `output`.
+
+    The seed fixes data and initial weights.
+    """
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer(seed)
     model = build_model(tokenizer, seed)
@@ -107,6 +113,7 @@ def pretrain(
     output.mkdir(parents=True, exist_ok=True)
     model.save(output, dtype=torch.bfloat16)
     save_tokenizer(tokenizer, output)
+    write_digest(output)
 
 
 def train_vision(model: VideoLanguageModel, pool: ScenePool, rng: np.random.Generator, steps: int) -> None:
@@ -322,7 +329,7 @@ def _fast_arithmetic() -> AbstractContextManager[None]:
 
 def main() -> None:
     """Command line of the module."""
-    parser = argparse.ArgumentParser(description="Reproduce the demo's base model from nothing.")
+    parser = argparse.ArgumentParser(description="Train a base model for the demo from nothing.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base_model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

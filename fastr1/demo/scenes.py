@@ -31,7 +31,6 @@ RANKS = ("first", "second", "last")
 KINDS = ("direction", "order", "count", "first", "colour")
 LETTERS = "ABCDE"
 GRID = 4  # captions name the cell of a shape: column a–d, row 1–4
-CELL_PX = FRAME_PX / GRID
 
 
 @dataclass(frozen=True)
@@ -153,17 +152,13 @@ def _others(*used: str) -> tuple[str, ...]:
 
 
 def _place(rng: np.random.Generator, moves: list[np.ndarray]) -> list[np.ndarray]:
-    """Tracks (8, 2) for shapes whose offsets over time are `moves`, whole cells: inside the frame, clear of each other.
-
-    Shapes rest well inside a cell: on a border the cell would be noise, and a shape at rest would seem to move.
-    """
-    jitter, gap = 4.0, 25.0
+    """Tracks (8, 2) for shapes whose offsets over time are `moves`: inside the frame and clear of each other."""
+    margin, gap = 14.0, 27.0
     for _ in range(2000):
         tracks: list[np.ndarray] = []
         for move in moves:
-            cells = np.rint(move / CELL_PX).astype(int)
-            start = rng.integers(-cells.min(axis=0), GRID - cells.max(axis=0))
-            tracks.append((start + 0.5) * CELL_PX + rng.uniform(-jitter, jitter, 2) + move)
+            low, high = margin - move.min(axis=0), FRAME_PX - margin - move.max(axis=0)
+            tracks.append(rng.uniform(low, high) + move)
         clear = all(np.hypot(*(a - b).T).min() > gap for i, a in enumerate(tracks) for b in tracks[:i])
         if clear:
             return tracks
@@ -194,7 +189,7 @@ def _direction(rng: np.random.Generator, answer_index: int | None) -> Scene:
         ways = [fixed, ways[0]]
     moves = []
     for way in ways:
-        distance = CELL_PX * rng.integers(1, 3)
+        distance = rng.uniform(34, 60)
         moves.append(np.linspace(0, distance, NUM_MOMENTS)[:, None] * np.array(DIRECTIONS[way], dtype=float))
     shapes = _shapes(rng, names, moves, [_steady(name) for name in names])
     return Scene(
@@ -268,15 +263,15 @@ def _first(rng: np.random.Generator, answer_index: int | None) -> Scene:
     for start in (int(rng.integers(0, 2)), int(rng.integers(4, 6))):
         way = np.array(list(DIRECTIONS.values())[int(rng.integers(4))], dtype=float)
         run = np.clip((np.arange(NUM_MOMENTS) - start) / 2, 0, 1)
-        moves.append(run[:, None] * way * CELL_PX * rng.integers(1, 3))
+        moves.append(run[:, None] * way * rng.uniform(26, 40))
     order = [int(i) for i in rng.permutation(3)]
     moves.append(STILL)
     shapes = _shapes(rng, [names[i] for i in order], [moves[i] for i in order], [_steady(names[i]) for i in order])
     half = NUM_MOMENTS // 2
-    seen = []
-    for shape in sorted(shapes, key=lambda shape: list(COLOURS).index(shape.name)):
-        before, after = cell_of(shape.centres[0]), cell_of(shape.centres[half])
-        seen.append(f"{shape.name} {before} {after} {'still' if before == after else 'moved'}")
+    seen = [
+        f"{shape.name} {cell_of(shape.centres[0])} {cell_of(shape.centres[half])}"
+        for shape in sorted(shapes, key=lambda shape: list(COLOURS).index(shape.name))
+    ]
     return Scene(
         "first",
         shapes,

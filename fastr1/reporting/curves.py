@@ -1,5 +1,6 @@
 """Draws a run: reward and its parts, completion length, KL and accuracy over the updates, as one PNG.
 
+Several runs of the same length, such as three seeds, are drawn as their mean over the single runs, faint.
 Reads metrics.jsonl of the run folder and, where present, summary.json, whose optional entries "title" (text) and
 "accuracy" ({label: accuracy between 0 and 1}, drawn as horizontal lines) describe results measured outside the run.
 """
@@ -7,6 +8,7 @@ Reads metrics.jsonl of the run folder and, where present, summary.json, whose op
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.png"
 SUMMARY_FILE = "summary.json"
 
-Series = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,)
+Series = tuple[np.ndarray, np.ndarray]  # steps (n,), values (n,), or (n, R) of R runs
 
 _COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 
@@ -41,21 +43,49 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     if not series:
         raise ReportError(f"{folder / METRICS_FILE} has no numbers yet; wait for the first update")
     target = Path(output) if output is not None else folder / REPORT_FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
+    title = str(summary.get("title", f"Run {folder.resolve().name}"))
+    draw_report(series, target, title=title, accuracy=summary.get("accuracy", {}))
+    return target
 
+
+def draw_report(
+    series: Mapping[str, Series],
+    target: Path,
+    *,
+    title: str,
+    accuracy: Mapping[str, float],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Draws metrics as a PNG, with `accuracy` as horizontal lines; `metadata` becomes text chunks of the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    target.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(12, 7.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, whatever the user's matplotlib settings
     axes = figure.subplots(2, 2)
-    figure.suptitle(str(summary.get("title", f"Run {folder.resolve().name}")), fontsize=14, fontweight="bold")
+    figure.suptitle(title, fontsize=14, fontweight="bold")
     _draw_reward(axes[0, 0], series)
     _draw_length(axes[0, 1], series)
     _draw_kl(axes[1, 0], series)
-    _draw_accuracy(axes[1, 1], series, summary.get("accuracy", {}))
-    figure.savefig(str(target))
-    return target
+    _draw_accuracy(axes[1, 1], series, accuracy)
+    figure.savefig(str(target), metadata=dict(metadata or {}))
+
+
+def merge_runs(runs: Sequence[Mapping[str, Series]]) -> dict[str, Series]:
+    """The metrics that all runs have, their values side by side, (n, R).
+
+    Raises: ReportError when runs have a metric at different steps.
+    """
+    merged = {}
+    for name in runs[0]:
+        if not all(name in run for run in runs):
+            continue
+        steps = runs[0][name][0]
+        if not all(np.array_equal(run[name][0], steps) for run in runs):
+            raise ReportError(f"{name} was not logged at the same steps in all runs; draw them one by one")
+        merged[name] = (steps, np.stack([run[name][1] for run in runs], axis=1))
+    return merged
 
 
 def read_series(path: Path) -> dict[str, Series]:
@@ -101,7 +131,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _draw_reward(axes: Axes, series: dict[str, Series]) -> None:
+def _draw_reward(axes: Axes, series: Mapping[str, Series]) -> None:
     names = ["reward"] if "reward" in series else []
     # A single reward function is the total itself: drawn once.
     total = series.get("reward", (np.empty(0), np.empty(0)))[1]
@@ -113,7 +143,7 @@ def _draw_reward(axes: Axes, series: dict[str, Series]) -> None:
     _finish(axes, "Reward", "mean reward per completion", len(names))
 
 
-def _draw_length(axes: Axes, series: dict[str, Series]) -> None:
+def _draw_length(axes: Axes, series: Mapping[str, Series]) -> None:
     if "completion_length" in series:
         _draw_line(axes, series["completion_length"], "completion length", _COLORS[0])
     _finish(axes, "Completion length", "tokens per completion (mean)", int("completion_length" in series))
@@ -121,7 +151,7 @@ def _draw_length(axes: Axes, series: dict[str, Series]) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _draw_kl(axes: Axes, series: dict[str, Series]) -> None:
+def _draw_kl(axes: Axes, series: Mapping[str, Series]) -> None:
     if "kl" in series:
         _draw_line(axes, series["kl"], "KL to the reference", _COLORS[0])
         axes.set_ylim(bottom=min(0.0, float(np.nanmin(series["kl"][1], initial=0.0))))
@@ -134,7 +164,7 @@ def _draw_kl(axes: Axes, series: dict[str, Series]) -> None:
     )
 
 
-def _draw_accuracy(axes: Axes, series: dict[str, Series], fixed: dict[str, float]) -> None:
+def _draw_accuracy(axes: Axes, series: Mapping[str, Series], fixed: Mapping[str, float]) -> None:
     train = sorted(name for name in series if name.startswith("rewards/") and "accuracy" in name)
     held_out = sorted(name for name in series if name.startswith("eval/") and "accuracy" in name)
     for name, color in zip(train, cycle(_COLORS), strict=False):
@@ -144,7 +174,9 @@ def _draw_accuracy(axes: Axes, series: dict[str, Series], fixed: dict[str, float
         label = "held-out" if is_total else name.removeprefix("eval/accuracy/").replace("_", " ")
         steps, values = _percent(series[name])
         width, style = (2.4, "o-") if is_total else (1.2, "o:")
-        axes.plot(steps, values, style, color=color, linewidth=width, markersize=2.5 * width**0.5, label=label)
+        if is_total and values.ndim == 2:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _mean(values), style, color=color, linewidth=width, markersize=2.5 * width**0.5, label=label)
     for (label, value), style in zip(fixed.items(), cycle(("--", "-.", ":")), strict=False):
         text = f"{label} ({100 * value:.0f} %)"
         axes.axhline(100 * value, linestyle=style, linewidth=1.2, color="black", label=text)
@@ -158,14 +190,20 @@ def _percent(points: Series) -> Series:
     return points[0], 100 * points[1]
 
 
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the runs: (n,) or (n, R) → (n,)."""
+    return values if values.ndim == 1 else values.mean(axis=1)
+
+
 def _draw_line(axes: Axes, points: Series, label: str, color: str, width: float = 2.0) -> None:
-    """The raw values, faint, and their moving average over a twentieth of the run."""
+    """The moving average over a twentieth of the run; behind it, faint, the raw values, or the average of each run."""
     steps, values = points
     window = max(1, len(values) // 20)
+    faint = values if values.ndim == 1 else np.stack([smooth(run, window) for run in values.T], axis=1)
     if window > 1:
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, faint, color=color, alpha=0.25, linewidth=0.8)
     marker = "o" if len(values) == 1 else None  # a line through one point is invisible
-    axes.plot(steps, smooth(values, window), color=color, linewidth=width, label=label, marker=marker)
+    axes.plot(steps, smooth(_mean(values), window), color=color, linewidth=width, label=label, marker=marker)
 
 
 def _finish(

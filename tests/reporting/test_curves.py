@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastr1.reporting import curves as report
-from fastr1.reporting.curves import ReportError, read_series, smooth, write_report
+from fastr1.reporting.curves import ReportError, merge_runs, read_series, smooth, write_report
 from fastr1.reporting.run_log import RunLogError
 
 
@@ -86,17 +86,37 @@ def test_report_is_a_png_in_the_run_folder_or_where_asked(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "drawn"),
     [
-        [row(1)],
-        [{"step": 1, "loss": 0.5}],  # a supervised run
-        [row(1, kl=math.nan), row(2)],
-        [{"step": 1, "kl": None, "reward": None}],
+        ([row(1)], {"reward", "length", "kl", "accuracy"}),
+        ([{"step": 1, "loss": 0.5}], set()),  # a supervised run
+        ([row(1, kl=math.nan), row(2)], {"reward", "length", "kl", "accuracy"}),
+        ([{"step": 1, "kl": None, "reward": None}], {"reward", "kl"}),
     ],
 )
-def test_short_and_sparse_runs_can_be_drawn(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_short_and_sparse_runs_can_be_drawn(tmp_path: Path, rows: list[dict[str, Any]], drawn: set[str]) -> None:
     rows = [{k: None if v is not None and v != v else v for k, v in one.items()} for one in rows]
-    assert write_report(write_run(tmp_path, rows)).stat().st_size > 10_000
+    panels = {"reward": (), "length": (), "kl": (), "accuracy": ({},)}
+    assert {panel for panel, arguments in panels.items() if draw(panel, rows, tmp_path, *arguments).lines} == drawn
+    assert write_report(tmp_path).exists()
+
+
+def test_runs_are_drawn_as_their_mean_over_the_single_runs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(i), [row(s, reward=s + i) for s in range(1, 41)]) for i in range(3)]
+    merged = merge_runs([read_series(run / "metrics.jsonl") for run in runs])
+    assert merged["reward"][1].shape == (40, 3)
+    axes = Figure().subplots()
+    report._draw_reward(axes, merged)
+    np.testing.assert_allclose(labelled(axes)["total"].get_ydata()[1:-1], np.arange(3, 41))
+    assert sum(str(line.get_label()).startswith("_") for line in axes.lines) == 3 * len(labelled(axes))
+
+
+def test_runs_logged_at_different_steps_are_not_merged() -> None:
+    steps = np.array([1, 2])
+    runs = [{"kl": (steps, np.zeros(2)), "loss": (steps, np.zeros(2))}, {"kl": (steps + 1, np.zeros(2))}]
+    with pytest.raises(ReportError, match="kl was not logged at the same steps"):
+        merge_runs(runs)
+    assert merge_runs([runs[0], {"loss": runs[0]["loss"]}]).keys() == {"loss"}
 
 
 @pytest.mark.parametrize(

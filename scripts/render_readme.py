@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Generate what README.md says in measured numbers from the committed rows of bench/results.
+
+    python scripts/render_readme.py            # rewrite the sections and the chart
+    python scripts/render_readme.py --check    # exit 1, with the difference, where README.md and rows part
+
+A section lies between `<!-- NAME -->` and `<!-- /NAME -->`. Another table is another function in `SECTIONS`. The chart
+carries the digest of the rows it was drawn from: its pixels depend on the version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastr1.reporting.curves import Series, draw_report, merge_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+CHART = Path("docs/demo_curves.png")
+IDENTITY = ("commit", "seed", "date")  # of a run, in all its rows
+CONDITIONS = ("commit", "device", "cores", "threads", "torch", "num_questions", "updates")
+DIGEST = "Source"  # text chunk of the chart
+CONTROLS = {
+    "shuffled_frames": "frames in random order",
+    "repeated_frame": "one frame repeated",
+    "blank_video": "blank video",
+}
+
+Row = dict[str, Any]
+
+
+def shown_runs(root: Path) -> list[Row]:
+    """The runs of the demo made under the same conditions as the one recorded last; of each seed the last, by seed."""
+    runs = _read(root, "demo")
+    alike = {run["seed"]: run for run in runs if all(run[key] == runs[-1][key] for key in CONDITIONS)}
+    return [alike[seed] for seed in sorted(alike)]
+
+
+def _read(root: Path, name: str) -> list[Row]:
+    return [json.loads(line) for line in (root / "bench" / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def demo_table(root: Path) -> str:
+    """Accuracy of the demo before and after GRPO, and with something else shown than the clips."""
+    runs = shown_runs(root)
+    lines = [_caption(runs), "", "| held-out questions | cold start | after GRPO |", "|---|---|---|"]
+    before, after = ([run[when] for run in runs] for when in ("before", "after"))
+
+    def line(name: str, pick: Callable[[Row], float], *, bold: bool = False) -> str:
+        last = _spread([pick(rates) for rates in after], bold=bold)
+        return f"| {name} | {_spread([pick(rates) for rates in before])} | {last} |"
+
+    lines.append(line("all", lambda rates: rates["accuracy"], bold=True))
+    for kind in sorted(after[0]["kinds"]):
+        lines.append(line(kind, lambda rates, kind=kind: rates["kinds"][kind]))
+    lines.append(line("well formed", lambda rates: rates["format_rate"]))
+    for control, name in CONTROLS.items():
+        lines.append(f"| all, {name} | | {_spread([run['controls'][control]['accuracy'] for run in runs])} |")
+    return "\n".join([*lines, f"| chance | | {100 * runs[0]['chance']:.0f} % |"])
+
+
+def _caption(runs: Sequence[Row]) -> str:
+    """What was measured and how."""
+    last = runs[-1]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    minutes = sorted(sum(run["seconds"].values()) / 60 for run in runs)
+    machine = last["device"].replace("cpu", "CPU")
+    threads = (
+        f"{last['threads']} thread{'s' * (last['threads'] > 1)} on {last['cores']} core{'s' * (last['cores'] > 1)}"
+    )
+    changed = " with local changes" * any(run["dirty"] for run in runs)
+    text = (
+        f"`make demo SEED=…`: correct answers, mean of {len(runs)} seeds ({seeds}) and their range; "
+        f"{last['num_questions']} held-out clips, {last['updates']} updates; {minutes[0]:.0f} to {minutes[-1]:.0f} "
+        f"minutes per seed ({machine}, {threads}, torch {last['torch']}); commit {last['commit'][:7]}{changed}, "
+        f"{max(run['date'] for run in runs)[:10]}."
+    )
+    return textwrap.fill(text, 120)
+
+
+def _spread(rates: Sequence[float], *, bold: bool = False) -> str:
+    """Mean and range in per cent."""
+    low, mean, high = (f"{100 * rate:.1f}" for rate in (min(rates), sum(rates) / len(rates), max(rates)))
+    shown = f"**{mean} %**" if bold else f"{mean} %"
+    return shown if low == high else f"{shown} ({low}–{high})"
+
+
+def draw_demo_chart(root: Path) -> None:
+    """The course of the runs, their mean over the single seeds."""
+    source = _chart_source(root)
+    runs: dict[int, list[Row]] = {}
+    for row in source["curves"]:
+        runs.setdefault(row["seed"], []).append(row)
+    series = merge_runs([_series(rows) for rows in runs.values()])
+    title = f"GRPO on the demo clips: mean of {len(runs)} seeds, single seeds faint"
+    metadata = {DIGEST: _digest(source)}
+    draw_report(series, root / CHART, title=title, accuracy=source["accuracy"], metadata=metadata)
+
+
+def _chart_source(root: Path) -> Row:
+    runs = shown_runs(root)
+    blank = [run["controls"]["blank_video"]["accuracy"] for run in runs]
+    accuracy = {"cold start": [run["before"]["accuracy"] for run in runs], "blank video": blank}
+    means = {label: sum(rates) / len(rates) for label, rates in accuracy.items()}
+    shown = [_identity(run) for run in runs]
+    curves = [row for row in _read(root, "demo_curves") if _identity(row) in shown]
+    return {"curves": sorted(curves, key=lambda row: (row["seed"], row["step"])), "accuracy": means}
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in IDENTITY)
+
+
+def _series(rows: Sequence[Row]) -> dict[str, Series]:
+    names = {name for row in rows for name in row} - {*IDENTITY, "step"}
+    return {
+        name: (
+            np.array([row["step"] for row in rows if name in row]),
+            np.array([float(row[name]) for row in rows if name in row]),
+        )
+        for name in sorted(names)
+    }
+
+
+def _digest(source: Row) -> str:
+    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+
+
+SECTIONS: Mapping[str, Callable[[Path], str]] = {"demo:table": demo_table}
+
+
+def render(text: str, root: Path) -> str:
+    """README.md with every section generated anew."""
+    for name, section in SECTIONS.items():
+        opening, closing = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        before, *middle = text.split(opening)
+        if len(middle) != 1 or closing not in middle[0]:
+            raise SystemExit(f"README.md must have one <!-- {name} --> … <!-- /{name} -->")
+        text = before + opening + section(root) + closing + middle[0].partition(closing)[2]
+    return text
+
+
+def check(root: Path) -> list[str]:
+    """What differs from the rows, as lines to print; empty where nothing does."""
+    text = (root / "README.md").read_text()
+    lines = (text.splitlines(), render(text, root).splitlines())
+    difference = list(difflib.unified_diff(*lines, "README.md", "rows", lineterm="", n=0))
+    chart = root / CHART
+    if not chart.exists() or Image.open(chart).info.get(DIGEST) != _digest(_chart_source(root)):
+        difference.append(f"{CHART} was not drawn from the rows")
+    return difference
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the script."""
+    parser = argparse.ArgumentParser(description="Generate the measured numbers of README.md from bench/results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md and rows part")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="the repository (default: this one)")
+    args = parser.parse_args(argv)
+    if args.check:
+        if difference := check(args.root):
+            print(*difference, "run `make readme`", sep="\n", file=sys.stderr)
+        return int(bool(difference))
+    readme = args.root / "README.md"
+    readme.write_text(render(readme.read_text(), args.root))
+    draw_demo_chart(args.root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The demo from command to summary, its two trainings and its evaluations replaced by what they would leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastr1 import cli
+from fastr1.demo import pipeline
+from fastr1.evaluation.multiple_choice import CONTROLS
+from fastr1.schema import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+RATES = {None: 0.71, "shuffled_frames": 0.41, "repeated_frame": 0.29, "blank_video": 0.19}
+
+
+class Stages:
+    """Records what the pipeline asks for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seeds: list[int] = []
+        self.trainings: list[tuple[str, dict[str, str]]] = []
+        self.evaluations: list[tuple[str, str | None]] = []
+        monkeypatch.setattr(pipeline, "write_demo_dataset", lambda folder, seed: self.seeds.append(seed))
+        monkeypatch.setattr(pipeline, "launch", self.launch)
+        monkeypatch.setattr(pipeline, "evaluate_checkpoint", self.evaluate)
+
+    def launch(self, config: Path, overrides: list[str]) -> None:
+        settings = dict(override.split("=", 1) for override in overrides)
+        self.trainings.append((config.name, settings))
+        rows = [{"step": step, "reward": step / 10, "completion_length": 20.0} for step in (1, 2, 3)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (Path(settings["run.output_dir"]) / "metrics.jsonl").write_text(lines)
+
+    def evaluate(self, *, model_path: Path, control: str | None, **others: Any) -> dict[str, float]:
+        run = model_path.parent.name
+        self.evaluations.append((run, control))
+        accuracy = RATES[control] if run == "grpo" else 0.5
+        rates = {"accuracy": accuracy, "format_rate": 0.98, "completion_length": 27.0, "num_questions": 150.0}
+        return {**rates, "accuracy/first": accuracy / 2, "accuracy/order": accuracy}
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    return Stages(monkeypatch)
+
+
+def test_controls_are_measured_on_the_trained_model_and_told(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = pipeline.run_demo(tmp_path)
+    assert set(pipeline.SHOWN_INSTEAD) == set(CONTROLS)
+    assert stages.evaluations == [("coldstart", None), ("grpo", None), *(("grpo", c) for c in pipeline.SHOWN_INSTEAD)]
+    assert {control: rates["accuracy"] for control, rates in summary["controls"].items()} == {
+        control: rate for control, rate in RATES.items() if control
+    }
+    heading, total, *kinds = capsys.readouterr().out.partition("held-out questions")[2].splitlines()
+    columns = ["cold start", "after GRPO", "shuffled frames", "repeated frame", "blank video"]
+    assert sorted(columns, key=heading.index) == columns
+    assert " ".join(total.split()) == "accuracy 50.0 % 71.0 % 41.0 % 29.0 % 19.0 %"
+    assert kinds[0].split()[:3] == ["accuracy/first", "25.0", "%"]
+
+
+def test_summary_holds_conditions_and_seconds_of_every_phase(tmp_path: Path, stages: Stages) -> None:
+    summary = pipeline.run_demo(tmp_path, seed=4)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "grpo" / "summary.json").read_text()) == summary
+    phases = ["data", "cold_start", "evaluate_before", "grpo", "evaluate_after"]
+    assert list(summary["seconds"]) == [*phases, *(f"evaluate_{control}" for control in pipeline.SHOWN_INSTEAD)]
+    conditions = summary["conditions"]
+    assert set(conditions) == {"commit", "dirty", "date", "device", "cores", "threads", "torch"}
+    assert conditions["cores"] >= 1
+    assert conditions["date"].endswith("+00:00")
+    assert (summary["seed"], summary["updates"], summary["num_questions"], summary["chance"]) == (4, 3, 150, 0.2)
+
+
+def test_seed_of_the_command_line_reaches_data_and_both_trainings(tmp_path: Path, stages: Stages) -> None:
+    assert cli.main(["demo", "--output-dir", str(tmp_path), "--seed", "3"]) == 0
+    assert stages.seeds == [3]
+    assert [(name, settings["run.seed"]) for name, settings in stages.trainings] == [
+        ("demo_coldstart.json", "3"),
+        ("grpo.json", "3"),
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 3
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], "--seed 0"), (["SEED=2"], "--seed 2")])
+def test_make_demo_passes_its_seed(arguments: list[str], expected: str) -> None:
+    command = ["make", "--dry-run", "demo", *arguments]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (line,) = (line for line in printed.splitlines() if "fastr1 demo" in line)
+    assert line.endswith(expected)
+
+
+def test_a_second_demo_replaces_the_first(tmp_path: Path, stages: Stages) -> None:
+    pipeline.run_demo(tmp_path)
+    (tmp_path / "grpo" / "checkpoints").mkdir()
+    pipeline.run_demo(tmp_path, seed=1)
+    assert not (tmp_path / "grpo" / "checkpoints").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("name", ["coldstart", "grpo"])
+def test_a_run_that_no_demo_made_is_never_deleted(tmp_path: Path, stages: Stages, name: str) -> None:
+    pipeline.run_demo(tmp_path)
+    (tmp_path / name / pipeline.MARK).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(DataError, match=rf"{name} was not made by a demo.*--output-dir"):
+        pipeline.run_demo(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_folder_is_used(tmp_path: Path, stages: Stages) -> None:
+    (tmp_path / "grpo").mkdir()
+    pipeline.run_demo(tmp_path)
+    assert (tmp_path / "grpo" / pipeline.MARK).exists()
