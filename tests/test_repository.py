@@ -126,7 +126,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"config", "schema", "data", "video", "rewards", "models", "rollout"},
     "training": {"config", "schema", "data", "video", "rewards", "reporting", "models", "rollout", "evaluation"},
     "doctor": {"config", "video"},
-    "demo": {"config", "data", "video", "reporting", "models", "evaluation"},
+    "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
     "cli": {"config", "doctor", "demo", "reporting", "evaluation", "training"},
     "train": {"config", "cli"},
 }
