@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = "# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\nKept.\n"
+HEADLINE = "<!-- demo:headline -->\nold\n<!-- /demo:headline -->\n"
+README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}Kept.\n"
 
 
 def load_script(name: str) -> ModuleType:
@@ -122,7 +123,8 @@ def test_a_run_of_unknown_commit_is_refused(tmp_path: Path) -> None:
 def test_table_shows_mean_and_range_over_the_seeds(root: Path) -> None:
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- demo:table -->\n`make demo SEED=…`")
-    assert text.endswith("<!-- /demo:table -->\nKept.\n")
+    assert "**50.0 % → 7" in text.partition("<!-- demo:headline -->")[2]
+    assert text.endswith("<!-- /demo:headline -->\nKept.\n")
     for line in (
         "| all | 50.0 % | **75.0 %** (70.0–80.0) |",
         "| first | 25.0 % | 37.5 % (35.0–40.0) |",
@@ -198,5 +200,5 @@ def test_check_fails_without_the_chart_or_with_another(root: Path, capsys: pytes
 
 def test_a_readme_without_its_section_is_refused(root: Path) -> None:
     (root / "README.md").write_text("# Title\n")
-    with pytest.raises(SystemExit, match="demo:table"):
+    with pytest.raises(SystemExit, match="demo:headline"):
         renderer.main(["--root", str(root)])
