@@ -118,7 +118,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--data-file", required=True, metavar="FILE", help="annotation file (JSONL)")
     parser.add_argument("--video-root", required=True, metavar="DIR", help="folder the video paths are relative to")
     _add_sampling(parser)
-    batch_size = RunConfig().per_device_eval_batch_size
+    batch_size = RunConfig.per_device_eval_batch_size
     parser.add_argument(
         "--batch-size", type=_positive, default=batch_size, help="questions at a time (default: %(default)s)"
     )
@@ -144,7 +144,7 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    frames, length = DataConfig().num_frames, GRPOConfig().max_completion_length
+    frames, length = DataConfig.num_frames, GRPOConfig.max_completion_length
     parser.add_argument("--num-frames", type=_frames, default=frames, help="-1: one per second (default: %(default)s)")
     parser.add_argument(
         "--max-completion-length", type=_positive, default=length, help="in tokens (default: %(default)s)"

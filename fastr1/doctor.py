@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fastr1.config import ModelConfig
-
 _LEVEL_STEP = 15  # grey levels between the frames of the test clip: half of it tells a frame from its neighbours
 PIP_TRAIN = 'pip install -e ".[train]" in the fastr1 checkout'
 
@@ -74,7 +72,6 @@ def run_checks() -> list[Check]:
     checks = [_check_python(), *(_check_library(library) for library in _LIBRARIES)]
     checks.append(_try("fastr1_kernels", _check_kernels, True, "pip install -e . in the fastr1 checkout"))
     checks.append(_try("device", _describe_devices, True, "install torch"))
-    checks.append(_try("attention", _describe_attention, True, ""))
     checks.append(_try("deepspeed accelerator", _describe_accelerator, True, PIP_TRAIN))
     checks.append(_try("video decoding", check_video, True, f"{PIP_TRAIN}; see the line of the decoder above"))
     return checks
@@ -183,8 +180,7 @@ def _check_library(library: _Library) -> Check:
 
 
 def _check_kernels() -> str:
-    module = importlib.import_module("fastr1_kernels")
-    assert callable(module.grpo_loss)  # the package loads its parts, and torch, when they are used
+    module = importlib.import_module("fastr1_kernels.losses")  # the package alone would not load torch
     return f"imports from {Path(str(module.__file__)).parent}"
 
 
@@ -198,10 +194,6 @@ def _describe_devices() -> str:
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
     return f"CUDA {torch.version.cuda}: {', '.join(names)}"
-
-
-def _describe_attention() -> str:
-    return f"{ModelConfig.attn_implementation}, unless model.attn_implementation says otherwise"
 
 
 def _describe_accelerator() -> str:

@@ -174,6 +174,8 @@ def test_chat_prints_the_text(world: Path, capsys: pytest.CaptureFixture[str]) -
         assert cli.main(["chat", *arguments, question, *options]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != printed[2]
+    assert cli.main(["chat", *arguments, "Which?\nOptions:", *options, "--temperature", "1"]) == 0
+    assert capsys.readouterr().out != printed[0]
     assert (
         printed[0]
         == chat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from trainer_toys import child_environment, make_config, metrics_of, write_world
 
-from fastr1.config import config_to_dict, save_config
+from fastr1.config import save_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text()
@@ -42,7 +43,7 @@ def test_a_reward_is_one_file_and_its_name(tmp_path: Path) -> None:
     assert functions is not None
     config = make_config(write_world(tmp_path / "world"), tmp_path / "run", optim__max_steps=1)
     save_config(config, tmp_path / "config.json")
-    assert config_to_dict(config)["reward"]["functions"] != functions[1]
+    assert list(config.reward.functions) != json.loads(functions[1])
     environment = child_environment()
     environment["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
     arguments = ["train", "--config", "config.json", "--set", f"reward.functions={functions[1]}"]

@@ -52,11 +52,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reward.functions": (lambda value: len(value) >= 1, "a list of at least one reward function"),
     "reward.max_think_chars": _AT_LEAST_ONE,
     "grpo.num_generations": (lambda value: value >= 2, "2 or more: a group of one has no advantage to learn from"),
-    "grpo.max_completion_length": _AT_LEAST_ONE,
-    "grpo.temperature": _ABOVE_ZERO,
     "grpo.top_k": (lambda value: value >= 0, "0 or more; 0 samples from the full vocabulary"),
     "grpo.top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
-    "grpo.advantage_eps": _ABOVE_ZERO,
     "grpo.advantage_noise_std": _AT_LEAST_ZERO,
     "optim.learning_rate": _AT_LEAST_ZERO,
     "optim.warmup_ratio": _SHARE,
@@ -70,7 +67,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.per_device_train_batch_size": _AT_LEAST_ONE,
     "optim.gradient_accumulation_steps": _AT_LEAST_ONE,
     "run.output_dir": _GIVEN,
-    "run.seed": _AT_LEAST_ZERO,
+    "run.seed": (lambda value: 0 <= value < 2**63, "0 or more and less than 2**63"),
     "run.logging_steps": _AT_LEAST_ONE,
     "run.save_steps": (lambda value: value >= 0, "0 or more; 0 writes no checkpoint, only the final model"),
     "run.save_total_limit": _AT_LEAST_ONE,
@@ -166,9 +163,9 @@ def without_auto(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: TrainConfig) -> Iterator[tuple[str, Any]]:
-    """Every setting as ("section.name", value), the DeepSpeed object left out."""
+    """Every setting as ("section.name", value) but those of reward and deepspeed, which have checks of their own."""
     yield "task", config.task
-    for section in ("model", "data", "reward", "grpo", "optim", "run"):
+    for section in ("model", "data", "grpo", "optim", "run"):
         part = getattr(config, section)
         for field in dataclasses.fields(part):
             yield f"{section}.{field.name}", getattr(part, field.name)
@@ -208,15 +205,23 @@ def _check_conflicts(config: TrainConfig) -> None:
         )
 
 
+# The one objective that reads an option; the kernels take it with the others too, where it does nothing.
+_READ_BY = {"epsilon": "clipped", "sapo_temperature_pos": "sigmoid", "sapo_temperature_neg": "sigmoid"}
+
+
 def _check_loss(grpo: GRPOConfig) -> None:
-    """The rules of the loss's own package, in the words of the configuration; and one of on-policy training."""
+    """The rules of the loss's own package, in the words of the configuration; and what a run would ignore."""
     options = loss_options(grpo)
     try:
         options.check()
     except ValueError as error:
         raise ConfigError(f"grpo.{error}") from None
-    if options.loss.objective != "clipped" and grpo.epsilon != GRPOConfig.epsilon:
-        raise ConfigError(
-            f"grpo.epsilon={grpo.epsilon!r} has no effect on grpo.loss_type={grpo.loss_type!r}, which does not clip: "
-            "leave it out, or use 'grpo'"
-        )
+    for name, objective in _READ_BY.items():
+        value, default = getattr(grpo, name), getattr(GRPOConfig, name)
+        if value != default and options.loss.objective != objective:
+            raise ConfigError(
+                f"grpo.{name}={value!r} has no effect on grpo.loss_type={grpo.loss_type!r}, whose objective is "
+                f"{options.loss.objective}: leave it out, or choose a loss that is {objective}"
+            )
+    if grpo.beta == 0 and grpo.kl_estimator != GRPOConfig.kl_estimator:
+        raise ConfigError(f"grpo.kl_estimator={grpo.kl_estimator!r} has no effect with grpo.beta=0: leave it out")

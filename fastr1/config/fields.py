@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses that read like the JSON file they come from.
 
 Names are TRL's `GRPOConfig` names wherever the concept exists. A field with a fixed set of values has them in its type,
-and other modules read them from there (`choices_of`). Defaults are stated here; other modules read `DataConfig.policy`.
+and other modules read them from there (`choices_of`). Defaults are stated here; other modules read them as
+`DataConfig.policy`.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def _convert(value: Any, hint: Any, dotted: str, origin: str) -> Any:
         return tuple(_convert(item, item_hint, f"{dotted}[{i}]", origin) for i, item in enumerate(value))
     wanted: Any = str if choices_of(hint) else get_origin(hint) or hint
     if wanted is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is not wanted:
         raise ConfigError(f"{origin}: {dotted} must be {_WORDS[wanted]}, got {_describe(value)}")
     if wanted is float and not math.isfinite(value):

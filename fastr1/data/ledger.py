@@ -43,7 +43,7 @@ class LoadedSamples(Generic[T]):
 
 
 class BadSampleLedger:
-    """Counts samples whose video could not be decoded, against the same bound as bad rows. Thread-safe.
+    """Counts samples that turn out to be unusable, against the same bound as bad rows. Thread-safe.
 
     A sample that fails again in a later epoch counts once towards the bound. Each process keeps its own ledger.
     """
@@ -75,14 +75,15 @@ class BadSampleLedger:
             self._reasons.setdefault(sample_origin, reason)
             listed = [BadRow(origin, why) for origin, why in self._reasons.items()]
         if self._policy == "error":
-            raise DataError(f'{sample_origin}: {reason}; repair or remove the video, or set data.policy to "skip"')
+            named = reason if reason.startswith(sample_origin) else f"{sample_origin}: {reason}"
+            raise DataError(f'{named}; repair or remove the sample, or set data.policy to "skip"')
         num_bad = self._num_bad_rows + len(listed)
         if num_bad > self._max_bad_fraction * self._num_rows:
             raise DataError(_too_many(num_bad, self._num_rows, self._max_bad_fraction, listed))
 
     @property
     def num_bad_samples(self) -> int:
-        """Distinct samples that failed to decode."""
+        """Distinct samples that failed."""
         with self._lock:
             return len(self._reasons)
 

@@ -1,6 +1,5 @@
 """Video language models: what a family offers (`family`), and a folder for each."""
 
-from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.models.family import (
     DecoderLayout,
     ModelFileError,
@@ -20,7 +19,5 @@ __all__ = [
     "build_model",
     "load_model",
     "load_processor",
-    "resolve_device",
-    "resolve_dtype",
     "save_model",
 ]

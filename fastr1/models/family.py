@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from fastr1.config import ModelPart
+from fastr1.config import ModelConfig, ModelPart
 from fastr1.models.devices import resolve_device, resolve_dtype
 
 # "model_type" of a model folder's config.json → the module of its family
@@ -260,15 +260,15 @@ class Family(Protocol):
 
 def load_processor(path: str | Path) -> Processor:
     """The processor of a model folder, whatever its family. Raises ModelFileError, DataError."""
-    return _family_of(read_config(path), Path(path)).load_processor(Path(path))
+    return _family_of(read_config(path), Path(path) / "config.json").load_processor(Path(path))
 
 
 def load_model(
     path: str | Path,
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype = ModelConfig.dtype,
     device: torch.device | str | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = ModelConfig.attn_implementation,
 ) -> VideoLanguageModel:
     """The model of a model folder, whatever its family, in evaluation mode.
 
@@ -280,7 +280,7 @@ def load_model(
     """
     where = resolve_device() if device is None else torch.device(device)
     number = resolve_dtype(dtype, where) if isinstance(dtype, str) else dtype
-    family = _family_of(read_config(path), Path(path))
+    family = _family_of(read_config(path), Path(path) / "config.json")
     return family.load_model(Path(path), dtype=number, device=where, attn_implementation=attn_implementation)
 
 
@@ -313,8 +313,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder. Raises ModelFileError."""
     try:
         content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ModelFileError(f"{file}: not found; point model.path at a model folder") from None
+    except OSError as error:
+        reason = "not found" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        raise ModelFileError(f"{file}: {reason}; point model.path at a model folder") from None
     except ValueError as error:  # not JSON, or not UTF-8
         raise ModelFileError(f"{file}: not valid JSON ({error}); copy the file again") from error
     if not isinstance(content, dict):
@@ -324,6 +325,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _family_of(config: dict[str, Any], where: Path) -> Family:
     name = config.get("model_type")
-    if name not in FAMILIES:
-        raise ModelFileError(f"{where}: model_type is {name!r}; known are {', '.join(map(repr, FAMILIES))}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = ", ".join(map(repr, FAMILIES))
+        raise ModelFileError(
+            f"{where}: model_type is {name!r}; known are {known}: point model.path at a model of one of these families"
+        )
     return cast(Family, importlib.import_module(FAMILIES[name]))

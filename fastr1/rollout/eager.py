@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from fastr1.config import GRPOConfig
 from fastr1.models import Processor, VideoLanguageModel
 from fastr1.rollout.noise import completion_keys, gumbel_noise
 from fastr1.schema import Rollout
@@ -24,9 +25,9 @@ class SamplingParams:
     """How completions are drawn. `temperature=0` is greedy; `top_k=0` and `top_p=1` keep the whole vocabulary."""
 
     max_completion_length: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = GRPOConfig.temperature
+    top_k: int = GRPOConfig.top_k
+    top_p: float = GRPOConfig.top_p
 
 
 @torch.no_grad()

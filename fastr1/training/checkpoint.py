@@ -56,7 +56,7 @@ def save_checkpoint(
     """Write the state after update `step` and remove the oldest checkpoints beyond the limit. All ranks call it.
 
     Args:
-        trainer_state: this rank's picklable state (sampler position, counters, …), given back by `load_checkpoint`.
+        trainer_state: this rank's picklable state (the order of samples, …), given back by `load_checkpoint`.
         save_total_limit: complete checkpoints to keep, the new one included; 0 keeps all.
 
     Returns: the new checkpoint's folder, replaced if it existed.

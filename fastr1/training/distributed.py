@@ -59,7 +59,7 @@ class DistributedModel:
         num_updates: optimizer steps of the whole run, the length of the schedule.
 
     Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself).
-    Raises: DistributedError on a configuration it cannot honour.
+    Raises: DistributedError without a trainable parameter; what `build_deepspeed_config` raises.
     """
 
     def __init__(

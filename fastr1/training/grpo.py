@@ -47,7 +47,7 @@ class GRPOTrainer:
         self.scorer = build_scorer(run.config.reward)
         self.loss_options = loss_options(self.grpo)
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
-        # All of them now: a prompt that is too long is an error at the start, not hours into the run.
+        # All of them now: a prompt that is too long is an error before the first update, not hours into the run.
         instruction = run.config.data.instruction
         self.prompt_ids = [
             run.processor.prompt_ids(sample.problem, instruction=instruction, origin=sample.origin)
@@ -69,7 +69,7 @@ class GRPOTrainer:
             batch = self._score(update, prompt_ids, videos, rollout)
         if self.reference is not None:
             with self.timer.phase("reference"):
-                batch.ref_logps = self._score_with_reference(batch)
+                batch.ref_logps = self._compute_ref_logps(batch)
         with self.timer.phase("train"):
             sums = self._accumulate_gradients(batch)
         with self.timer.phase("optimizer"):
@@ -130,7 +130,7 @@ class GRPOTrainer:
         return Batch(update.samples, prompt_ids, videos, is_valid, rollout, scored, mine, loss_mask)
 
     @torch.no_grad()
-    def _score_with_reference(self, batch: Batch) -> torch.Tensor:
+    def _compute_ref_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probabilities (B·G, T) of the completions under the frozen initial model."""
         rows = []
         for prompts, completions in self._micro_batches(batch):

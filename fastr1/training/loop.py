@@ -25,7 +25,7 @@ from fastr1.reporting.run_log import METRICS_FILE, RunLogger
 from fastr1.reporting.statistics import Metrics, mean_metrics
 from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
 from fastr1.schema import DataError, S, Update
-from fastr1.training.checkpoint import load_checkpoint, save_checkpoint
+from fastr1.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.stop import StopRequest
@@ -34,7 +34,7 @@ from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixe
 logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
-Step = Callable[[Update[S]], tuple[Metrics, Rows]]
+Step = Callable[[Update[S]], tuple[Metrics, Rows]]  # the metrics hold "num_tokens", the rows are for rollouts.jsonl
 
 
 class SampleLoader(Protocol[S]):
@@ -94,7 +94,8 @@ class TrainingRun(Generic[S]):
         if is_main:
             save_config(self.config, self.output_dir / "config.json")
         decoder = describe_backend(self.config.data.backend)
-        logger.info("%d samples, %d updates, video decoding: %s", len(self.samples), len(self.order), decoder)
+        where = f"{self.distributed.device}, {str(self.model.dtype).removeprefix('torch.')}"
+        logger.info("%d samples, %d updates on %s; videos: %s", len(self.samples), len(self.order), where, decoder)
         log = RunLogger(self.output_dir, run.report_to, len(self.order), is_main, start_step=start)
         unlogged: list[Metrics] = []
         with stop.handling_signals():
@@ -188,12 +189,14 @@ class TrainingRun(Generic[S]):
         """This rank's share of every remaining update, its clips loaded ahead."""
         num_threads, depth = self.config.data.num_decode_threads, 2 * self.samples_per_rank
         with ClipPrefetcher(self._load, self._places(), num_threads=num_threads, depth=depth) as clips:
-            for _ in self.order:
+            for update in range(self.order.next_update, len(self.order)):
                 with self.timer.phase("decode_wait"):
                     loaded = list(itertools.islice(clips, self.samples_per_rank))
+                assert len(loaded) == self.samples_per_rank
+                self.order.next_update = update + 1
                 places, pixels = [place for place, _ in loaded], [frames for _, frames in loaded]
                 indices, keys = [index for index, _ in places], [key for _, key in places]
-                yield Update(self.order.next_update, [self.samples[i] for i in indices], indices, keys, pixels)
+                yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels)
 
     def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
         """Position in the data, bad samples of all ranks, seconds, tokens per second of training, memory."""
@@ -215,6 +218,11 @@ class TrainingRun(Generic[S]):
         if checkpoint is None:
             return 0
         step, state = load_checkpoint(self.distributed, checkpoint, self.output_dir)
+        if "order" not in state:
+            raise CheckpointError(
+                f"checkpoint {checkpoint} has no order of samples: it was written by another version of fastr1; resume "
+                "it there, or start a new run from an exported model (model.path)"
+            )
         self.order.load_state_dict(state["order"])
         logger.info("resumed from %s at update %d", checkpoint, step)
         return step

@@ -18,6 +18,8 @@ from fastr1.schema import DataError, SftSample, Update
 from fastr1.training.loop import Rows, TrainingRun
 from fastr1_kernels import selective_log_softmax
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # prompt and answer ids
+
 
 def run_sft(config: TrainConfig) -> Path:
     """Fine-tune `config.model.path` on the answers of `config.data.train_file` and write the run folder.
@@ -45,7 +47,7 @@ class SftTrainer:
     def __init__(self, run: TrainingRun[SftSample]) -> None:
         self.run = run
         self.distributed = run.distributed
-        # (prompt, answer) of every sample; None where it goes to the ledger, which raises unless it is to be skipped
+        # (prompt, answer) of every sample, or why it has none: that goes to the ledger when the sample is due
         self.examples = [self._tokenize(sample) for sample in run.samples]
 
     def step(self, update: Update[SftSample]) -> tuple[Metrics, Rows]:
@@ -53,13 +55,12 @@ class SftTrainer:
         distributed, timer = self.distributed, self.run.timer
         with timer.phase("vision"), distributed.gathered_parameters():
             videos = self.run.encode(update.pixels)
-        examples = [self.examples[i] for i in update.indices]
-        is_valid = update.is_valid & torch.tensor([example is not None for example in examples])
+        pairs, is_tokenized = self._examples_of(update)
+        is_valid = update.is_valid & is_tokenized
         num_samples = distributed.sum_across_ranks(is_valid.sum().double()).item()
         if num_samples == 0:
             raise DataError(f'update {update.step}: no sample can be used; set data.policy to "error" to see why')
         is_valid = is_valid.to(distributed.device)
-        pairs = [self._stand_in(update.samples[i]) if e is None else e for i, e in enumerate(examples)]
         sums = TokenSums()
         with timer.phase("train"):
             for rows in self.run.micro_batches(len(pairs)):
@@ -75,17 +76,24 @@ class SftTrainer:
             grad_norm = distributed.step()
         return {**sums.means(distributed), "grad_norm": grad_norm, "learning_rate": learning_rate}, []
 
-    def _tokenize(self, sample: SftSample) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _tokenize(self, sample: SftSample) -> Pair | DataError:
         try:
             return self.run.processor.conversation_ids(sample.question, sample.answer, origin=sample.origin)
         except DataError as error:
-            self.run.ledger.record(sample.origin, str(error))
-            return None
+            return error
 
-    def _stand_in(self, sample: SftSample) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the place of an unusable example, so that every rank takes the same steps: a prompt, an empty answer."""
-        end = torch.tensor(self.run.processor.end_token_ids[:1])
-        return self.run.processor.prompt_ids("", origin=sample.origin), end
+    def _examples_of(self, update: Update[SftSample]) -> tuple[list[Pair], torch.Tensor]:
+        """(prompt, answer) of every sample and whether it counts (B,). In the place of an unusable one stands a prompt
+        with an empty answer, so that every rank takes the same steps; the ledger raises unless it is to be skipped."""
+        processor, pairs = self.run.processor, []
+        for sample, i in zip(update.samples, update.indices, strict=True):
+            example = self.examples[i]
+            if isinstance(example, DataError):
+                self.run.ledger.record(sample.origin, str(example))
+                example = processor.prompt_ids("", origin=sample.origin), torch.tensor(processor.end_token_ids[:1])
+            pairs.append(example)
+        usable = [not isinstance(self.examples[i], DataError) for i in update.indices]
+        return pairs, torch.tensor(usable)
 
     def _pad(self, answers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded ids (B, T) and mask (B, T) bool on the device."""

@@ -82,7 +82,7 @@ class ClipPrefetcher(Generic[T, R]):
 
     def close(self) -> None:
         """Cancel what has not begun, wait for what has, end the threads. May be called twice."""
-        self._aborted = self._aborted or bool(self._pending) or not self._exhausted
+        self._aborted = self._aborted or bool(self._pending or self._items_error) or not self._exhausted
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 

@@ -164,6 +164,8 @@ class LossOptions:
             check_number("off_policy_threshold", self.off_policy_threshold, at_least=0)
         if self.epsilon_high is not None:
             check_number("epsilon_high", self.epsilon_high, at_least=0)
+            dead = self.loss.objective == "capped" and self.epsilon_high == 0
+            require(not dead, "epsilon_high=0: the largest ratio is 0, nothing would train; give 5.0 say")
         if self.max_completion_length is not None:
             check_count("max_completion_length", self.max_completion_length)
         check_choice("scale_rewards", self.scale_rewards, SCALES)

@@ -13,7 +13,7 @@ import pytest
 from fastr1.config import GRPOConfig, TrainConfig, config_to_dict, load_config, loss_options, save_config
 from fastr1.config.checks import DEEPSPEED_OWNED_KEYS, ConfigError, without_auto
 from fastr1.config.fields import choices_of
-from fastr1_kernels.options import LOSSES, LossOptions
+from fastr1_kernels.options import LOSSES, SCALES, LossOptions
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.json"))
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
@@ -173,7 +173,7 @@ LIMITS = [
     ("grpo.top_p", "1", "1.1"),
     ("grpo.top_p", "0.1", "0"),
     ("grpo.beta", "0", "-0.1"),
-    ("grpo.advantage_eps", "1e-9", "0"),
+    ("grpo.advantage_eps", "0", "-1"),
     ("grpo.advantage_noise_std", "0", "-1"),
     ("optim.learning_rate", "0", "-1e-6"),
     ("optim.warmup_ratio", "1", "1.01"),
@@ -196,6 +196,7 @@ LIMITS = [
     ("reward.functions", '["a:b"]', "[]"),
     ("reward.weights", "[0.5]", "[1, 2]"),
     ("run.seed", "0", "-1"),
+    ("run.seed", "9223372036854775807", "9223372036854775808"),
     ("run.logging_steps", "1", "0"),
     ("run.save_steps", "0", "-1"),
     ("run.save_total_limit", "1", "0"),
@@ -252,7 +253,7 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["data.max_frames=8"], "data.max_frames is 8 but data.num_frames is 16"),
         (["data.max_frames=0", "data.num_frames=-1"], "data.max_frames is 0"),
         (["run.eval_steps=5"], "data.eval_file is not set"),
-        (["grpo.epsilon=0.3"], "does not clip"),
+        (["grpo.epsilon=0.3"], "grpo.epsilon=0.3 has no effect"),
         (["grpo.epsilon_high=0.3"], "grpo.epsilon_high=0.3 has no effect"),
         (["grpo.delta=3"], "grpo.delta=3.0 has no effect"),
         (["grpo.importance_sampling_level=sequence"], "has no effect"),
@@ -267,6 +268,10 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["grpo.loss_type=cispo"], "grpo.epsilon_high=None: loss_type='cispo' cuts the ratio"),
         (["grpo.loss_type=luspo"], "grpo.importance_sampling_level='token': loss_type='luspo' needs 'sequence'"),
         (["grpo.loss_type=sapo", "grpo.sapo_temperature_pos=0"], "grpo.sapo_temperature_pos=0.0"),
+        (["grpo.loss_type=grpo", "grpo.sapo_temperature_pos=2"], "grpo.sapo_temperature_pos=2.0 has no effect"),
+        (["grpo.loss_type=grpo", "grpo.beta=0", "grpo.kl_estimator=k1"], "has no effect with grpo.beta=0"),
+        (["grpo.loss_type=cispo", "grpo.epsilon_high=0"], "grpo.epsilon_high=0: the largest ratio is 0"),
+        (["grpo.beta=1" + "0" * 400], "finite"),
         (["grpo.kl_estimator=k4"], "grpo.kl_estimator is 'k4'; choose from k1, k2, k3"),
         (["grpo.kl_estimator=k1"], "grpo.kl_estimator='k1' has no effect on loss_type='tinyllava_video_r1'"),
         (["model.dtype=bfloat16", "deepspeed.zero_optimization.stage=0"], "summed in it"),
@@ -364,6 +369,7 @@ def test_every_loss_of_the_kernels_can_be_configured(minimal: Path, name: str) -
 
 
 def test_choices_of_the_loss_are_those_of_the_kernels() -> None:
+    assert choices_of(get_type_hints(GRPOConfig)["scale_rewards"]) == SCALES
     for name in ("scale_rewards", "importance_sampling_level", "kl_estimator"):
         for choice in choices_of(get_type_hints(GRPOConfig)[name]):
             needs = {"loss_type": "luspo"} if choice == "sequence" else {"loss_type": "grpo"}

@@ -1,4 +1,4 @@
-"""The prompt sampler: a permutation per epoch, nothing dropped, exact resume, no dependence on ranks."""
+"""The order of samples: a permutation per epoch, nothing dropped, exact resume, no dependence on ranks."""
 
 from __future__ import annotations
 

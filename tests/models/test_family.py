@@ -164,8 +164,13 @@ def test_second_family_learns_answers(world: Path, tmp_path: Path) -> None:
 def test_unknown_family_is_refused_with_those_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     for load in (load_model, load_processor):
-        with pytest.raises(ModelFileError, match=r"model_type is 'llava'; known are 'tinyllava', 'second'"):
+        with pytest.raises(
+            ModelFileError, match=r"config\.json: model_type is 'llava'; known are 'tinyllava', 'second'"
+        ):
             load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ["tinyllava"]}))
+    with pytest.raises(ModelFileError, match=r"model_type is \['tinyllava'\]"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "\xff"])

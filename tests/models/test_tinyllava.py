@@ -16,7 +16,7 @@ from fastr1.models.tinyllava.connector import chunk_sizes, sinusoidal_table
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(shared_path("fixtures/tinyllava/group"))
+    return load_model(shared_path("fixtures/tinyllava/group"), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_splice_logits_and_logps_match_original(model, expected):
 def test_grpo_loss_and_gradients_match_original(expected, expected_json, share_prefix):
     from fastr1_kernels import grpo_loss
 
-    model = load_model(shared_path("fixtures/tinyllava/group"))
+    model = load_model(shared_path("fixtures/tinyllava/group"), device="cpu", dtype="float32")
     model.freeze(["vision_tower"])
     mask = expected["grpo.completion_mask"].bool()
     features = model.encode(expected["pixel_values"])
@@ -118,10 +118,12 @@ def test_shared_prefix_equals_unshared_forward_in_values_and_gradients(expected)
     """Three ragged prompts, two completions each, one of a single token; fp64 but for the decoder's fp32 norms."""
     grads, outputs = [], []
     for share_prefix in (True, False):
-        model = load_model(shared_path("fixtures/tinyllava/group"), dtype=torch.float64)
+        model = load_model(shared_path("fixtures/tinyllava/group"), device="cpu", dtype=torch.float64)
         prompts, features, completions, mask = _ragged_batch(model, expected)
         logits = model(prompts, features, completions, mask, share_prefix)
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        weights = torch.randn(
+            logits.shape, generator=torch.Generator().manual_seed(1), device="cpu", dtype=torch.float64
+        )
         (logits * weights * mask[..., None]).sum().backward()
         outputs.append(logits[mask].detach())
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -141,7 +143,7 @@ def test_left_padding_does_not_change_a_prompt(model, expected):
 
 
 def test_unused_tower_layers_do_not_change_the_output(expected):
-    model = load_model(shared_path("fixtures/tinyllava/group"))
+    model = load_model(shared_path("fixtures/tinyllava/group"), device="cpu", dtype="float32")
     tower = model.vision_tower.vision_model
     with torch.no_grad():
         before = model.encode(expected["pixel_values"])
@@ -155,7 +157,7 @@ def test_unused_tower_layers_do_not_change_the_output(expected):
 
 def test_save_and_load_round_trip_is_exact(model, tmp_path):
     model.save(tmp_path)
-    again = load_model(tmp_path)
+    again = load_model(tmp_path, device="cpu", dtype="float32")
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     original = json.loads(shared_path("fixtures/tinyllava/group/config.json").read_text())
@@ -196,7 +198,7 @@ def _edit_config(model, path, **changes):
 def test_wrong_config_is_a_clear_error(model, tmp_path, changes, message):
     _edit_config(model, tmp_path, **changes)
     with pytest.raises(ModelFileError, match=message):
-        load_model(tmp_path)
+        load_model(tmp_path, device="cpu", dtype="float32")
 
 
 def test_missing_and_truncated_files_are_clear_errors(model, tmp_path):
@@ -206,7 +208,7 @@ def test_missing_and_truncated_files_are_clear_errors(model, tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelFileError, match=r"model\.safetensors: unreadable"):
-        load_model(tmp_path)
+        load_model(tmp_path, device="cpu", dtype="float32")
     weights.unlink()
     with pytest.raises(ModelFileError, match=r"model\.safetensors: not found"):
-        load_model(tmp_path)
+        load_model(tmp_path, device="cpu", dtype="float32")

@@ -172,7 +172,7 @@ def test_degenerate_completions_cost_little() -> None:
 
 def test_multiple_choice_accuracy_reads_like_the_evaluation() -> None:
     for completion, expected in (("<answer>(c)</answer>", 1.0), ("<answer>B</answer>", 0.0), ("C", 0.0), ("", 0.0)):
-        assert multiple_choice_accuracy(completion, "C") == expected
+        assert multiple_choice_accuracy(completion, "C", "ABCDE") == expected
     two = Sample("1", "Q\nOptions:\nA. x\nB. y", "AB", "B", Path("a.mp4"), "rows.jsonl:1")
     scorer = build_scorer(RewardConfig(functions=("multiple_choice_accuracy",)))
     # "E" is no option here, so the reading goes on to "(B)"

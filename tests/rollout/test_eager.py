@@ -94,7 +94,7 @@ def test_greedy_equals_generate_on_ragged_prompts(model, processor, prompts, vid
 def test_greedy_equals_recorded_tokens_and_generate_on_conformance_model(group) -> None:
     folder = shared_path("fixtures/tinyllava/group")
     expected = load_file(shared_path("fixtures/tinyllava/group_expected.safetensors"))
-    model, processor = load_model(folder, dtype=torch.float32), load_processor(folder)
+    model, processor = load_model(folder, device="cpu", dtype="float32"), load_processor(folder)
     prompts = [expected["prompt_ids"], expected["prompt_ids"][8:], expected["prompt_ids"][:-5]]
     with torch.no_grad():
         features = model.encode(expected["pixel_values"])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed_toys import run_on_two_ranks
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.nn.utils.rnn import pad_sequence
-from trainer_toys import NUM_SAMPLES, exported, make_config, metrics_of, write_world
+from trainer_toys import NUM_SAMPLES, TOYS, exported, make_config, metrics_of, write_world
 
 from fastr1.models import load_model
 from fastr1.models.family import read_config
@@ -55,7 +58,7 @@ def test_losses_match_the_original(cut: bool) -> None:
     samples, expected = original_samples()
     folder = shared_path(FIXTURE + "group")
     limit = expected["truncated"]["tokenizer_model_max_length"] if cut else None
-    model, processor = load_model(folder), processor_with_limit(folder, limit)
+    model, processor = load_model(folder, device="cpu", dtype="float32"), processor_with_limit(folder, limit)
     pixels = load_file(shared_path(FIXTURE + "group_expected.safetensors"))["pixel_values"]
     examples = [processor.conversation_ids(s.question, s.answer, origin=s.origin) for s in samples]
     answers = [answer_ids for _, answer_ids in examples]
@@ -140,6 +143,22 @@ def test_answer_that_cannot_be_separated(world: Path, tmp_path: Path) -> None:
     assert skipped["bad_samples"] == 1
     for name in ("loss", "num_tokens", "grad_norm"):
         assert skipped[name] == pytest.approx(without[name], rel=1e-5)
+
+
+def _train_with_a_bad_answer(rank: int, folder: Path) -> None:
+    sys.path.insert(0, str(TOYS))
+    skip = {"data__policy": "skip", "data__max_bad_fraction": 0.5, "optim__max_steps": 2}
+    data = {"data__train_file": str(folder / "bad.json"), "optim__per_device_train_batch_size": NUM_SAMPLES // 2}
+    run_sft(sft_config(folder / "world", folder / "out", **skip, **data))
+
+
+def test_two_processes_count_a_bad_answer_when_it_is_due_and_once(world: Path, tmp_path: Path) -> None:
+    content = json.loads((world / "coldstart.json").read_text())
+    content[2]["conversations"][1]["value"] = "one ASSISTANT: two"
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    shutil.copytree(world, tmp_path / "world")
+    run_on_two_ranks(_train_with_a_bad_answer, tmp_path)
+    assert metrics_of(tmp_path / "out")[0]["bad_samples"] == 1  # every sample once in the first update
 
 
 def test_prompt_that_fills_the_context_is_an_error(world: Path) -> None:

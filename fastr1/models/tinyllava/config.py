@@ -47,10 +47,8 @@ def parse_config(raw: dict[str, Any], *, where: str) -> TinyLlavaConfig:
     """Turn a checkpoint's config.json into the fields the architecture needs.
 
     Nested configs list non-default keys only, so library defaults fill the rest. Raises ModelFileError for another
-    architecture or a missing key.
+    connector or a missing key.
     """
-    if raw.get("model_type") != "tinyllava":
-        raise ModelFileError(f"{where}: model_type is {raw.get('model_type')!r}; expected 'tinyllava'")
     if "groupresampler" not in str(raw.get("connector_type")):
         raise ModelFileError(
             f"{where}: connector_type is {raw.get('connector_type')!r}; only 'groupresampler' is supported"

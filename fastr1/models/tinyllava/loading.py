@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastr1.config import ModelConfig
 from fastr1.models.family import ModelFileError, read_config
 from fastr1.models.tinyllava.checkpoint import EMBEDDING, TIED_HEAD, read_weights
 from fastr1.models.tinyllava.config import parse_config
@@ -22,12 +23,11 @@ logger = logging.getLogger(__name__)
 def build_model(config: dict[str, Any]) -> TinyLlavaVideo:
     """Random weights; `config` is what config.json would hold, and its two fixed ids are filled in."""
     fixed = {"image_token_index": IMAGE_TOKEN_INDEX, "ignore_index": IGNORE_INDEX}
-    return TinyLlavaVideo(parse_config({**fixed, **config}, where="the given configuration"))
+    parsed = parse_config({**fixed, **config}, where="the given configuration")
+    return TinyLlavaVideo(parsed, attn_implementation=ModelConfig.attn_implementation)
 
 
-def load_model(
-    path: Path, *, dtype: torch.dtype, device: torch.device, attn_implementation: str = "sdpa"
-) -> TinyLlavaVideo:
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, attn_implementation: str) -> TinyLlavaVideo:
     """Build the model of a checkpoint folder and fill it with its weights.
 
     Returns the model in evaluation mode. Raises ModelFileError when a file is missing or unreadable, a tensor has

@@ -54,7 +54,7 @@ class TinyLlavaVideo(VideoLanguageModel):
     vision_tower: VisionTower
     language_model: Qwen2ForCausalLM
 
-    def __init__(self, config: TinyLlavaConfig, *, attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: TinyLlavaConfig, *, attn_implementation: str) -> None:
         super().__init__()
         config.text._attn_implementation = attn_implementation
         config.vision._attn_implementation = attn_implementation
