@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from conftest import Backend
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_accuracy import assert_as_accurate, rand
 from loss_cases import OPTION_NAMES, by_loss, loss_in_reference
@@ -78,6 +78,8 @@ def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
     else:
         call["advantages"] = rand(*((b,) if source == "sequence" else (b, t)), seed=seed + 6)
     call["is_packed"] = draw(st.booleans())
+    if call["is_packed"] and source == "token":  # advantages of as many packed rows as sequences are those of sequences
+        assume(int((mask.flip(1).cumsum(1) > 0).sum()) != b)
     return call
 
 
