@@ -55,7 +55,9 @@ def multiply_into(out: Tensor, hidden: Tensor, head: HeadTensors, lora_scale: fl
         return
     _wide_product(out, hidden, weight.T)
     if lora_a is not None and lora_b is not None:
-        out.addmm_((hidden @ lora_a.T).to(out.dtype), lora_b.T.to(out.dtype), alpha=lora_scale)
+        low = out.new_empty(len(hidden), len(lora_a))
+        _wide_product(low, hidden, lora_a.T)
+        out.addmm_(low, lora_b.T.to(out.dtype), alpha=lora_scale)
     if bias is not None:
         out.add_(bias)
 
