@@ -1,7 +1,7 @@
 """Checks of what a call is given: every refusal is a `ValueError` with the value received and the remedy.
 
-Checks of values (token ids, rewards, cu_seqlens) read the tensor, which on a GPU waits for the device once each. What
-can be checked without tensors is in `options`.
+Checks of values (token ids, rewards, cu_seqlens, mask, normalizer) read the tensor, which on a GPU waits for the device
+once each; `check_values=False` leaves them out. What can be checked without tensors is in `options`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .head import HeadOptions, HeadTensors
 from .options import SCALES, LossOptions, check_choice, check_count, check_number, require
 
 
@@ -30,6 +31,7 @@ class LossArguments:
     ref_logps: Tensor | None = None  # per token, of the reference policy
     sampler_logps: Tensor | None = None  # per token, of the engine that sampled
     normalizer: float | Tensor | None = None  # loss tokens or sequences of the whole update: LOSSES[loss_type].counts
+    check_values: bool = True  # False: nothing reads values of a tensor, so that nothing waits for the device
 
 
 def check_shape(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> None:
@@ -66,25 +68,47 @@ def check_token_ids(token_ids: Tensor, vocabulary: int, mask: Tensor | None = No
         raise ValueError(f"token id {received} is outside the vocabulary of {vocabulary}: fix it or mask it out")
 
 
-def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, chunk: int | None
-) -> None:
+def check_head(hidden: Tensor, head: HeadTensors, options: HeadOptions, chunk_size: int | None) -> None:
+    weight, _, lora_a, lora_b = head
     require(isinstance(weight, Tensor) and weight.dim() == 2, "weight: give a (V, D) tensor")
-    require(weight.dtype == hidden.dtype, f"weight is {weight.dtype} and hidden {hidden.dtype}: cast one to the other")
-    check_floats("weight", weight, (weight.shape[0], hidden.shape[-1]), hidden.device)
-    if bias is not None:
-        check_floats("bias", bias, (weight.shape[0],), hidden.device)
-        require(bias.dtype == hidden.dtype, f"bias is {bias.dtype} and hidden {hidden.dtype}: cast one to the other")
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    check_number("logit_scale", logit_scale)
-    if chunk is not None:
-        check_count("chunk_size", chunk)
+    require((lora_a is None) == (lora_b is None), "lora_a and lora_b: give both or none")
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    vocabulary, size = weight.shape[0], hidden.shape[-1]
+    shapes = {"weight": (vocabulary, size), "bias": (vocabulary,), "lora_a": (rank, size), "lora_b": (vocabulary, rank)}
+    for name, shape in shapes.items():
+        if (x := getattr(head, name)) is not None:
+            check_floats(name, x, shape, hidden.device)
+            require(x.dtype == hidden.dtype, f"{name} is {x.dtype} and hidden {hidden.dtype}: cast one to the other")
+    if options.softcap is not None:
+        check_number("softcap", options.softcap, above=0)
+    check_number("logit_scale", options.logit_scale)
+    check_number("lora_scale", options.lora_scale)
+    dtypes = (None, hidden.dtype) if hidden.dtype == torch.float64 else (None, hidden.dtype, torch.float32)
+    received = options.logits_dtype
+    require(received in dtypes, f"logits_dtype={received} for {hidden.dtype}: give torch.float32, or leave it out")
+    if options.top_k is not None:
+        check_count("top_k", options.top_k)
+    if options.top_p is not None:
+        check_number("top_p", options.top_p, above=0)
+        require(options.top_p <= 1, f"top_p={options.top_p}: give a probability, at most 1")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
 
 
-def _check_normalizer(normalizer: float | Tensor | None) -> None:
+def check_temperatures(temperature: Tensor, token_ids: Tensor, mask: Tensor | None, check_values: bool) -> None:
+    """One temperature per token."""
+    check_floats("temperature", temperature, tuple(token_ids.shape), token_ids.device)
+    if check_values:
+        bad = ~((temperature > 0) & temperature.isfinite())
+        bad = bad if mask is None else bad & mask
+        require(not bad.any(), "temperature: give finite numbers > 0 for every token")
+
+
+def _check_normalizer(normalizer: float | Tensor | None, check_values: bool) -> None:
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
+        if check_values and not normalizer >= 0:
+            raise ValueError(f"normalizer={normalizer.item()}: give a number >= 0")
     elif normalizer is not None:
         check_number("normalizer", normalizer, at_least=0)
 
@@ -95,20 +119,22 @@ def check_advantage_options(scale_rewards: str, eps: float, noise_std: float = 0
     check_number("noise_std", noise_std, at_least=0)
 
 
-def check_rewards(rewards: Tensor) -> None:
+def _check_rewards(rewards: Tensor, check_values: bool) -> None:
     require(isinstance(rewards, Tensor), f"rewards is a {type(rewards).__name__}: give a tensor")
     ok = rewards.dim() == 1 and len(rewards) > 0 and not rewards.is_complex()
     require(ok, f"rewards has shape {tuple(rewards.shape)} and dtype {rewards.dtype}: give (B,) real numbers, B >= 1")
     infinite = rewards.isinf()
-    if infinite.any():
+    if check_values and infinite.any():
         position = int(infinite.nonzero()[0, 0])
         value = rewards[position].item()
         raise ValueError(f"reward {position} is {value}: give a finite number, or NaN for a completion without score")
 
 
-def check_groups(rewards: Tensor, num_generations: int | None, group_ids: Tensor | None) -> None:
+def check_groups(
+    rewards: Tensor, num_generations: int | None, group_ids: Tensor | None, check_values: bool = True
+) -> None:
     """Rewards, and exactly one description of their groups."""
-    check_rewards(rewards)
+    _check_rewards(rewards, check_values)
     if (num_generations is None) == (group_ids is None):
         raise ValueError(f"num_generations={num_generations} and group_ids: give exactly one of them")
     if group_ids is not None:
@@ -131,7 +157,7 @@ def check_inplace(logits: Tensor, has_kernel: bool) -> None:
     require(not repeated, f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
 
 
-def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
+def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None, check_values: bool = True) -> int:
     """The number of sequences B of padded token_ids (B, T), or of packed token_ids (N,) with cu_seqlens."""
     shape = tuple(token_ids.shape)
     if token_ids.dim() == 2:
@@ -141,18 +167,23 @@ def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens is None:
         raise ValueError(f"packed token_ids {shape} need cu_seqlens, the (B + 1,) boundaries of the sequences")
     check_integers("cu_seqlens", cu_seqlens, (cu_seqlens.numel(),), token_ids.device)
+    if not check_values:
+        require(cu_seqlens.numel() > 0, "cu_seqlens is empty: give the (B + 1,) boundaries of the sequences")
+        return cu_seqlens.numel() - 1
     bounds = cu_seqlens.tolist()
     ok = bool(bounds) and bounds[0] == 0 and bounds[-1] == shape[0] and bounds == sorted(bounds)
     require(ok, f"cu_seqlens={bounds}: boundaries must rise from 0 to the {shape[0]} rows of token_ids")
     return len(bounds) - 1
 
 
-def check_mask(mask: Tensor | None, token_ids: Tensor) -> Tensor:
+def check_mask(mask: Tensor | None, token_ids: Tensor, check_values: bool = True) -> Tensor:
     """The mask as bool, all True where None is given."""
     if mask is None:
         return torch.ones_like(token_ids, dtype=torch.bool)
     check_shape("mask", mask, tuple(token_ids.shape), token_ids.device)
     require(not mask.is_floating_point(), f"mask has dtype {mask.dtype}: give bool or 0/1 integers")
+    if check_values and mask.dtype != torch.bool:
+        require(not ((mask != 0) & (mask != 1)).any(), "mask has integers other than 0 and 1: give bool")
     return mask.bool()
 
 
@@ -160,7 +191,7 @@ def check_loss_arguments(arguments: LossArguments, token_ids: Tensor, mask: Tens
     """Check everything but the logits and the values of the ids."""
     options = arguments.options
     options.check()
-    _check_normalizer(arguments.normalizer)
+    _check_normalizer(arguments.normalizer, arguments.check_values)
     options.check_need("normalizer", arguments.normalizer, is_missing=arguments.normalizer is None)
     for name in ("old_logps", "ref_logps", "sampler_logps"):
         if (logps := getattr(arguments, name)) is not None:
@@ -171,7 +202,8 @@ def check_loss_arguments(arguments: LossArguments, token_ids: Tensor, mask: Tens
         raise ValueError(f"old_logps has no effect on the on-policy loss_type={options.loss_type!r}: use 'grpo'")
     if options.off_policy_threshold is not None and arguments.old_logps is None and arguments.sampler_logps is None:
         raise ValueError("off_policy_threshold has no effect on-policy: give old_logps or sampler_logps")
-    if not isinstance(arguments.normalizer, Tensor) and arguments.normalizer == 0 and mask.any():
+    is_zero = not isinstance(arguments.normalizer, Tensor) and arguments.normalizer == 0
+    if arguments.check_values and is_zero and mask.any():
         raise ValueError("normalizer=0, but this call has loss tokens: count them in")
     _check_advantage_source(arguments, token_ids, num_sequences)
 
@@ -192,6 +224,6 @@ def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_seq
     else:
         check_integers("sequence_index", index, (num_sequences,), token_ids.device)
         check_shape("rewards", rewards, (len(rewards),), token_ids.device)
-        bad = (index < 0) | (index >= len(rewards))
-        require(not bad.any(), f"sequence_index={index.tolist()} leaves the {len(rewards)} rewards")
-    check_groups(rewards, arguments.num_generations, arguments.group_ids)
+        if arguments.check_values and ((index < 0) | (index >= len(rewards))).any():
+            raise ValueError(f"sequence_index={index.tolist()} leaves the {len(rewards)} rewards")
+    check_groups(rewards, arguments.num_generations, arguments.group_ids, arguments.check_values)

@@ -27,14 +27,18 @@ def rewards_use_triton(rewards: Tensor) -> bool:
     return rewards.dtype != torch.float64 and _runs_triton(rewards)
 
 
-def fits_one_launch(options: LossOptions, has_sampler: bool) -> bool:
-    """Whether the loss of every token depends on its own row alone, so that one launch gives loss and gradient."""
+def is_per_token(options: LossOptions, has_sampler: bool) -> bool:
+    """Whether no token's loss depends on the other tokens of its sequence, beside a threshold on the entropy."""
     return (
         options.importance_sampling_level == "token"
         and not (has_sampler and options.sampler_correction.startswith("sequence"))
         and options.off_policy_threshold is None
-        and options.top_entropy_quantile == 1
     )
+
+
+def fits_one_launch(options: LossOptions, has_sampler: bool) -> bool:
+    """Whether the loss of every token depends on its own row alone, so that one launch gives loss and gradient."""
+    return is_per_token(options, has_sampler) and options.top_entropy_quantile == 1
 
 
 def _runs_triton(x: Tensor) -> bool:

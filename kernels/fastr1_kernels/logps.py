@@ -1,29 +1,41 @@
 """Log-probability of given tokens, from logits or straight from hidden states: the public doors.
 
 On a GPU logits are scored by one Triton kernel (`gpu.rows`), elsewhere by the reference; a linear head is scored in
-chunks (`chunked`). `dispatch` is the rule.
+chunks (`linear`). `dispatch` is the rule.
 """
 
 from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_linear, check_rows, check_token_ids
-from .chunked import chunked_linear_logps
+from .checks import check_head, check_rows, check_temperatures, check_token_ids
 from .dispatch import uses_triton
+from .head import HeadOptions, HeadTensors
+from .linear import Rows, chunked_linear_logps, default_chunk_size, even_chunks
 from .options import check_number
 
 
 @overload
 def selective_log_softmax(
-    logits: Tensor, token_ids: Tensor, *, temperature: float = ..., return_entropy: Literal[False] = ...
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = ...,
+    return_entropy: Literal[False] = ...,
+    check_values: bool = ...,
 ) -> Tensor: ...
 @overload
 def selective_log_softmax(
-    logits: Tensor, token_ids: Tensor, *, temperature: float = ..., return_entropy: Literal[True]
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = ...,
+    return_entropy: Literal[True],
+    check_values: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -33,6 +45,7 @@ def selective_log_softmax(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    check_values: bool = True,  # False: ids are not read, nothing waits for the device
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at token_ids; differentiable.
 
@@ -46,7 +59,8 @@ def selective_log_softmax(
     """
     check_rows("logits", logits, token_ids)
     check_number("temperature", temperature, above=0)
-    check_token_ids(token_ids, logits.shape[-1])
+    if check_values:
+        check_token_ids(token_ids, logits.shape[-1])
     if uses_triton(logits):
         from .gpu.rows import score_rows  # triton exists on Linux only
 
@@ -63,11 +77,18 @@ def linear_logps(
     token_ids: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora_a: Tensor | None = ...,
+    lora_b: Tensor | None = ...,
+    lora_scale: float = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
-    temperature: float = ...,
+    logits_dtype: torch.dtype | None = ...,
+    temperature: float | Tensor = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
     return_entropy: Literal[False] = ...,
     chunk_size: int | None = ...,
+    check_values: bool = ...,
 ) -> Tensor: ...
 @overload
 def linear_logps(
@@ -76,11 +97,18 @@ def linear_logps(
     token_ids: Tensor,
     *,
     bias: Tensor | None = ...,
+    lora_a: Tensor | None = ...,
+    lora_b: Tensor | None = ...,
+    lora_scale: float = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
-    temperature: float = ...,
+    logits_dtype: torch.dtype | None = ...,
+    temperature: float | Tensor = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
     return_entropy: Literal[True],
     chunk_size: int | None = ...,
+    check_values: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def linear_logps(
     hidden: Tensor,  # (..., D)
@@ -88,30 +116,60 @@ def linear_logps(
     token_ids: Tensor,  # (...,) integers
     *,
     bias: Tensor | None = None,  # (V,)
+    lora_a: Tensor | None = None,  # (r, D)
+    lora_b: Tensor | None = None,  # (V, r)
+    lora_scale: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    top_k: int | None = None,
+    top_p: float | None = None,
     return_entropy: bool = False,
     chunk_size: int | None = None,
+    check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_log_softmax` of z = logit_scale · (hidden @ weightᵀ + bias), or of softcap · tanh(z / softcap).
 
-    The (..., V) logits never exist as a whole. `chunk_size` is the number of rows at a time, 1,024 if None; the result
-    does not depend on it beyond rounding.
+    The (..., V) logits never exist as a whole. `chunk_size` is the number of rows at a time; None is 512 on a CPU, on a
+    GPU 4,096, or 2,048 with a frozen head. The result does not depend on it beyond rounding.
+
+    With `lora_a`, `lora_b` the weight is weight + lora_scale · lora_b @ lora_a, which is never computed. `logits_dtype`
+    torch.float32 keeps the products of half inputs unrounded. `top_k`, `top_p` score under the distribution that a
+    sampler truncates to: the top_k largest logits, of these the fewest that reach top_p, and always the token.
+    `check_values=False` leaves out what reads values from the device, and so waits for it.
 
     Returns:
         As `selective_log_softmax`. Products are taken in the dtype of the inputs, everything after them in float32;
-        the gradient of the head is summed over chunks in float32 and is not computed where it needs none.
+        the gradients of the head are summed over chunks in float32 and are not computed where they are not needed.
         Differentiable once.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, an id outside the vocabulary.
     """
     check_rows("hidden", hidden, token_ids)
-    check_linear(hidden, weight, bias, softcap, logit_scale, chunk_size)
-    check_number("temperature", temperature, above=0)
-    check_token_ids(token_ids, weight.shape[0])
+    temperatures = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else None
+    head, options = (
+        HeadTensors(weight, bias, lora_a, lora_b),
+        HeadOptions(
+            lora_scale=lora_scale,
+            logits_dtype=logits_dtype,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=1.0 if isinstance(temperature, Tensor) else temperature,
+            top_k=top_k,
+            top_p=top_p,
+        ),
+    )
+    check_head(hidden, head, options, chunk_size)
+    check_number("temperature", options.temperature, above=0)
+    if isinstance(temperature, Tensor):
+        check_temperatures(temperature, token_ids, None, check_values)
+    if check_values:
+        check_token_ids(token_ids, weight.shape[0])
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
-    logps, entropy = chunked_linear_logps(rows, weight, bias, ids, (softcap, logit_scale, temperature), chunk_size)
-    logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
+    is_frozen = not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head))
+    chunks = even_chunks(0, len(rows), chunk_size or default_chunk_size(hidden, is_frozen))
+    plan = Rows(rows, ids, temperatures, mask=None, order=None, chunks=chunks, signal=len(chunks))
+    logps, entropy = (x.view(token_ids.shape) for x in chunked_linear_logps(plan, head, options))
     return (logps, entropy) if return_entropy else logps

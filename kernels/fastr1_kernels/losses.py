@@ -2,31 +2,34 @@
 
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
 On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`), else two
-row launches (`gpu.rows`) with torch between them. On a CPU the reference scores the rows; `linear_grpo_loss` scores
-them in chunks of plain torch everywhere (`chunked`). `dispatch` has the rules, `token_loss` what follows the scores.
+row launches (`gpu.rows`) with torch between them. On a CPU the reference scores the rows. `linear_grpo_loss` computes
+loss and gradients a chunk of rows at a time (`linear`). `dispatch` has the rules, `token_loss` what follows the scores.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import reference
 from .checks import (
     LossArguments,
+    check_head,
     check_inplace,
     check_layout,
-    check_linear,
     check_loss_arguments,
     check_mask,
     check_rows,
+    check_temperatures,
     check_token_ids,
 )
-from .chunked import chunked_linear_logps
 from .dispatch import fits_one_launch, rewards_use_triton, uses_triton
-from .options import LossOptions, choose_options
-from .token_loss import advantages_of, loss_of_tokens
+from .head import HeadOptions, HeadTensors
+from .linear import chunked_linear_logps, default_chunk_size, loss_of_chunks, plan_rows
+from .options import LossOptions, check_count, choose_options
+from .token_loss import TokenLoss, advantages_of
 
 
 class GRPOOutput(NamedTuple):
@@ -55,6 +58,7 @@ def grpo_loss(
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
     normalizer: float | Tensor | None = None,  # loss tokens or sequences of the whole update
+    check_values: bool = True,  # False: nothing waits for the device
     options: LossOptions | None = None,  # instead of the keywords below
     loss_type: str = "dapo",
     beta: float = 0.0,
@@ -84,6 +88,9 @@ def grpo_loss(
     every keyword: the README of this package. Exactly one of `rewards` and `advantages` is given; they and all
     log-probabilities but those of `logits` are constants. `normalizer`, the loss tokens or sequences
     (`LOSSES[loss_type].counts`) of the whole update, makes the losses of its calls add up to that of one call.
+
+    With `check_values=False` no check reads the values of a tensor, and neither the call nor its backward pass waits
+    for the device. Wrong ids, rewards and boundaries are then not noticed.
 
     With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
     one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.
@@ -128,6 +135,7 @@ def grpo_loss(
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
         normalizer=normalizer,
+        check_values=check_values,
     )
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
@@ -135,9 +143,9 @@ def grpo_loss(
         check_inplace(logits, uses_triton(logits))
     if uses_triton(logits):
         return _loss_in_triton(logits, token_ids, mask, arguments, inplace)
-    rows = _select(logits, mask, arguments)
-    logps, entropy = reference.selective_log_softmax(rows, token_ids[mask].long(), arguments.options.temperature)
-    return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))
+    return GRPOOutput(
+        *TokenLoss(token_ids, mask, arguments).output(*_scores_in_torch(logits, token_ids, mask, arguments))
+    )
 
 
 def linear_grpo_loss(
@@ -146,9 +154,16 @@ def linear_grpo_loss(
     token_ids: Tensor,  # (B, T) padded, (N,) packed with cu_seqlens
     *,
     bias: Tensor | None = None,  # (V,)
+    lora_a: Tensor | None = None,  # (r, D)
+    lora_b: Tensor | None = None,  # (V, r)
+    lora_scale: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     chunk_size: int | None = None,
+    num_loss_tokens: int | None = None,  # with check_values=False: the number of True in mask
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     rewards: Tensor | None = None,
@@ -160,6 +175,7 @@ def linear_grpo_loss(
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    check_values: bool = True,
     options: LossOptions | None = None,  # instead of the keywords below
     loss_type: str = "dapo",
     beta: float = 0.0,
@@ -181,12 +197,14 @@ def linear_grpo_loss(
     scale_rewards: str = "group",
     advantage_eps: float = 1e-4,
     leave_one_out: bool = False,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or as token_ids
 ) -> GRPOOutput:
     """`grpo_loss` of the logits of a linear head, which never exist as a whole; see `linear_logps` for the head.
 
-    Values and all gradients equal those of `grpo_loss(hidden @ weight.T, ...)` for every chunk size. Masked rows are
-    left out before the product.
+    Values and all gradients equal those of `grpo_loss(hidden @ weight.T, ...)` for every chunk size. The gradients are
+    computed in this call, chunk by chunk; the backward pass, of which there is one, only scales them. With
+    `check_values` masked rows are left out of every product, and rows that cannot have a gradient (advantage 0, without
+    KL and entropy bonus) of all but the first. Without it that needs `num_loss_tokens`, for masked rows alone.
     """
     keywords = LossOptions(
         loss_type=loss_type,
@@ -209,7 +227,7 @@ def linear_grpo_loss(
         scale_rewards=scale_rewards,
         advantage_eps=advantage_eps,
         leave_one_out=leave_one_out,
-        temperature=temperature,
+        temperature=1.0 if isinstance(temperature, Tensor) else temperature,
     )
     arguments = LossArguments(
         options=choose_options(options, keywords),
@@ -224,28 +242,87 @@ def linear_grpo_loss(
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
         normalizer=normalizer,
+        check_values=check_values,
     )
+    head = HeadTensors(weight, bias, lora_a, lora_b)
+    head_options = HeadOptions(
+        lora_scale=lora_scale,
+        logits_dtype=logits_dtype,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=arguments.options.temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    temperatures = temperature if isinstance(temperature, Tensor) else None
+    return _linear_loss(hidden, head, token_ids, temperatures, arguments, head_options, chunk_size, num_loss_tokens)
+
+
+def _linear_loss(
+    hidden: Tensor,
+    head: HeadTensors,
+    token_ids: Tensor,
+    temperatures: Tensor | None,  # as token_ids
+    arguments: LossArguments,
+    options: HeadOptions,
+    chunk_size: int | None,
+    num_loss_tokens: int | None,
+) -> GRPOOutput:
     check_rows("hidden", hidden, token_ids)
-    check_linear(hidden, weight, bias, softcap, logit_scale, chunk_size)
-    mask = _check(arguments, token_ids, weight.shape[0])
-    rows = _select(hidden, mask, arguments)
-    head = (softcap, logit_scale, arguments.options.temperature)
-    logps, entropy = chunked_linear_logps(rows, weight, bias, token_ids[mask].long(), head, chunk_size)
-    return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))
+    check_head(hidden, head, options, chunk_size)
+    mask = _check(arguments, token_ids, head.weight.shape[0])
+    if temperatures is not None:
+        check_temperatures(temperatures, token_ids, mask, arguments.check_values)
+        if options.temperature != 1.0:
+            raise ValueError(f"options.temperature={options.temperature} and temperature: give one of them")
+    if num_loss_tokens is not None:
+        check_count("num_loss_tokens", num_loss_tokens)
+        if arguments.check_values and (number := int(mask.sum())) != num_loss_tokens:
+            raise ValueError(f"num_loss_tokens={num_loss_tokens}, but mask has {number} loss tokens")
+    loss = TokenLoss(token_ids, mask, arguments)
+    has_grad = torch.is_grad_enabled()
+    trained = has_grad and any(x is not None and x.requires_grad for x in head)
+    rows, is_whole = plan_rows(
+        hidden.reshape(-1, hidden.shape[-1]),
+        token_ids.reshape(-1).long(),
+        None if temperatures is None else temperatures.detach().reshape(-1),
+        loss,
+        size=chunk_size or default_chunk_size(hidden, is_frozen=not trained),
+        check_values=arguments.check_values,
+        num_loss_tokens=num_loss_tokens,
+    )
+    if is_whole and (trained or (has_grad and hidden.requires_grad)):
+        return GRPOOutput(*loss_of_chunks(rows, head, options, loss))
+    return GRPOOutput(*loss.output(*chunked_linear_logps(rows, head, options)))
 
 
 def _check(arguments: LossArguments, token_ids: Tensor, vocabulary: int) -> Tensor:
     """The mask as bool, once everything but the rows is checked."""
-    num_sequences = check_layout(token_ids, arguments.cu_seqlens)
-    mask = check_mask(arguments.mask, token_ids)
+    check_values = arguments.check_values
+    num_sequences = check_layout(token_ids, arguments.cu_seqlens, check_values)
+    mask = check_mask(arguments.mask, token_ids, check_values)
     check_loss_arguments(arguments, token_ids, mask, num_sequences)
-    check_token_ids(token_ids, vocabulary, mask)
+    if check_values:
+        check_token_ids(token_ids, vocabulary, mask)
     return mask
 
 
-def _select(rows: Tensor, mask: Tensor, arguments: LossArguments) -> Tensor:
-    """The rows (n, ·) of the n loss tokens; a view where no mask was given and the layout allows."""
-    return rows.reshape(-1, rows.shape[-1]) if arguments.mask is None else rows[mask]
+def _scores_in_torch(
+    logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments
+) -> tuple[Tensor, Tensor]:
+    """logps and entropy (N,). The logits of loss tokens are picked where that may wait for the device; else those of
+    other tokens are replaced by zeros."""
+    temperature, ids = arguments.options.temperature, torch.where(mask, token_ids, 0).reshape(-1).long()
+    rows = logits.reshape(-1, logits.shape[-1])
+    if arguments.mask is None:
+        return reference.selective_log_softmax(rows, ids, temperature)
+    if not arguments.check_values:
+        rows = torch.where(mask.reshape(-1, 1), rows, 0.0)
+        return reference.selective_log_softmax(rows, ids, temperature)
+    live = mask.reshape(-1).nonzero().squeeze(1)
+    scores = reference.selective_log_softmax(rows[live], ids[live], temperature)
+    logps, entropy = (x.new_zeros(len(ids)).index_copy(0, live, x) for x in scores)
+    return logps, entropy
 
 
 def _loss_in_triton(
@@ -259,5 +336,4 @@ def _loss_in_triton(
         return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace))
     temperature = arguments.options.temperature
     scores = rows.score_rows(logits, token_ids, mask, temperature=temperature, inplace=inplace)
-    logps, entropy = (x[mask.reshape(-1)] for x in scores)
-    return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))
+    return GRPOOutput(*TokenLoss(token_ids, mask, arguments).output(*scores))

@@ -10,6 +10,7 @@ Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,37 @@ def upcast(x: Tensor) -> Tensor:
 def selective_log_softmax(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (...,)
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or (...,)
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of its distribution, both (...,)."""
-    log_probs = F.log_softmax(upcast(logits) / temperature, dim=-1)
+    logits = upcast(logits) / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    if top_k is not None or top_p is not None:
+        logits = torch.where(kept_columns(logits.detach(), token_ids, top_k, top_p), logits, -math.inf)
+    log_probs = F.log_softmax(logits, dim=-1)
     logps = log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     # A column of -inf has probability 0 and adds 0 to the entropy, not 0 · (-inf).
     finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
     return logps, -(log_probs.exp() * finite).sum(-1)
+
+
+def kept_columns(
+    logits: Tensor,  # (..., V), after the temperature
+    token_ids: Tensor,  # (...,)
+    top_k: int | None,
+    top_p: float | None,
+) -> Tensor:
+    """What a sampler keeps, (..., V) bool: the top_k largest logits, of these the fewest whose probabilities reach
+    top_p, and the token itself, whatever a rounding of its logit does."""
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k is not None:
+        kept = logits >= logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+    if top_p is not None:
+        ordered, columns = logits.masked_fill(~kept, -math.inf).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        kept = kept & kept.scatter(-1, columns, ordered.cumsum(-1) - ordered < top_p)
+    return kept.scatter(-1, token_ids.unsqueeze(-1), True)
 
 
 def linear_logits(
@@ -44,13 +68,16 @@ def linear_logits(
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    *,
+    lora_a: Tensor | None = None,  # (r, D)
+    lora_b: Tensor | None = None,  # (V, r)
+    lora_scale: float = 1.0,
 ) -> Tensor:
-    """The logits of a linear head, (..., V). The product is taken in the dtype of the inputs."""
-    return shape_logits(F.linear(hidden, weight, bias), softcap, logit_scale)
-
-
-def shape_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """z = logit_scale · logits, then softcap · tanh(z / softcap) where there is a cap."""
+    """z = logit_scale · (hidden @ (weight + lora_scale · lora_b @ lora_a)ᵀ + bias), then softcap · tanh(z / softcap)
+    where there is a cap, (..., V). Products are taken in the dtype of the inputs."""
+    logits = F.linear(hidden, weight, bias)
+    if lora_a is not None and lora_b is not None:
+        logits = logits + lora_scale * F.linear(F.linear(hidden, lora_a), lora_b)
     logits = upcast(logits) * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -60,19 +87,21 @@ def linear_logps(
     weight: Tensor,  # (V, D)
     token_ids: Tensor,  # (...,)
     *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    **head: Any,  # as linear_logits
 ) -> tuple[Tensor, Tensor]:
     """`selective_log_softmax` of the logits of a linear head."""
-    return selective_log_softmax(linear_logits(hidden, weight, bias, softcap, logit_scale), token_ids, temperature)
+    logits = linear_logits(hidden, weight, **head)
+    return selective_log_softmax(logits, token_ids, temperature, top_k=top_k, top_p=top_p)
 
 
 def group_advantages(
     rewards: Tensor,  # (B,), NaN = unscorable
     group_ids: Tensor,  # (B,) integers, any values
     *,
+    num_groups: int | None = None,  # the values are 0 to num_groups - 1
     scale_rewards: str = "group",
     eps: float = 1e-4,
     leave_one_out: bool = False,
@@ -82,8 +111,11 @@ def group_advantages(
     """(r - mean) / (std + eps) within each group, std unbiased; 0 where a group has fewer than two distinct rewards."""
     rewards = upcast(rewards.detach())
     scored = ~rewards.isnan()
-    labels, group = group_ids.unique(return_inverse=True)
-    member = (group == torch.arange(len(labels), device=group.device)[:, None]) & scored  # (K, B)
+    group = group_ids
+    if num_groups is None:
+        labels, group = group_ids.unique(return_inverse=True)
+        num_groups = len(labels)
+    member = (group == torch.arange(num_groups, device=group.device)[:, None]) & scored  # (K, B)
     count = member.sum(1)
     mean = torch.where(member, rewards, 0.0).sum(1) / count.clamp(min=1)
     highest = torch.where(member, rewards, -math.inf).amax(1)
@@ -96,8 +128,9 @@ def group_advantages(
         square = torch.where(member, (rewards - mean[:, None]).square(), 0.0).sum(1)
         centred = centred / ((square / (count - 1).clamp(min=1)).sqrt()[group] + eps)
     elif scale_rewards == "batch":
-        deviation = rewards[scored] - rewards[scored].mean()
-        centred = centred / ((deviation.square().sum() / max(len(deviation) - 1, 1)).sqrt() + eps)
+        total = scored.sum()
+        deviation = torch.where(scored, rewards - torch.where(scored, rewards, 0.0).sum() / total.clamp(min=1), 0.0)
+        centred = centred / ((deviation.square().sum() / (total - 1).clamp(min=1)).sqrt() + eps)
     # Equal rewards have a rounding residue for a deviation; divided by eps it would train on noise.
     advantages = torch.where((highest > lowest)[group], centred, 0.0)
     if noise_std:
@@ -144,12 +177,25 @@ def policy_loss_from_logps(
     options: LossOptions,
     *,
     normalizer: float | Tensor | None = None,  # loss tokens or sequences of the whole update
+    **given: Tensor | None,  # as token_losses
+) -> tuple[Tensor, Metrics]:
+    """Reduce log-probabilities to the loss (0-d) and to metrics: name → (sum, count) over the loss tokens."""
+    per_token, metrics = token_losses(logps, mask, advantages, options, **given)
+    return (per_token * sequence_weights(mask.sum(1), options, normalizer, per_token.dtype)[:, None]).sum(), metrics
+
+
+def token_losses(
+    logps: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    advantages: Tensor,  # (B,) or (B, T)
+    options: LossOptions,
+    *,
     old_logps: Tensor | None = None,  # (B, T); None: on-policy
     ref_logps: Tensor | None = None,  # (B, T)
     sampler_logps: Tensor | None = None,  # (B, T)
     entropy: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, Metrics]:
-    """Reduce log-probabilities to the loss (0-d) and to metrics: name → (sum, count) over the loss tokens."""
+    """The loss of every token before any weight, (B, T), 0 where masked; and the metrics."""
     # Masking comes before every exp: exp(200) · 0 is NaN, in the value or in the gradient.
     logps = torch.where(mask, upcast(logps), 0.0)
     old = logps.detach() if old_logps is None else _constant(old_logps, mask, logps.dtype)
@@ -196,12 +242,10 @@ def policy_loss_from_logps(
         record("kl", kl)
         per_token = per_token + options.beta * kl if options.beta else per_token
 
-    loss = _reduce(per_token, mask, options, normalizer)
     if entropy is not None:
         record("entropy", entropy)
-        if options.entropy_coef:
-            loss = loss - options.entropy_coef * _reduce(entropy, mask, options, normalizer)
-    return loss, metrics
+        per_token = per_token - options.entropy_coef * entropy if options.entropy_coef else per_token
+    return torch.where(mask, per_token, 0.0), metrics
 
 
 def _constant(x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,10 +279,17 @@ def policy_term(ratio: Tensor, logps: Tensor, advantages: Tensor, options: LossO
 
 
 def _highest(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
-    """Which tokens belong to the `share` of loss tokens of highest entropy, (B, T) bool."""
-    if not mask.any():
+    """Which tokens belong to the `share` of loss tokens of highest entropy, (B, T) bool.
+
+    The threshold lies between two order statistics, as in torch.quantile.
+    """
+    if not entropy.numel():
         return mask
-    return entropy >= torch.quantile(entropy[mask], 1 - share)
+    ordered = torch.where(mask, entropy, math.inf).flatten().sort().values
+    place = ((1 - share) * (mask.sum() - 1).to(torch.float64)).clamp(min=0).view(1)
+    low, high = (ordered.gather(0, x.long()) for x in (place.floor(), place.ceil()))
+    threshold = torch.lerp(low, high, (place - place.floor()).to(low.dtype))
+    return entropy >= torch.where((entropy.isnan() & mask).any(), math.nan, threshold)
 
 
 def _sampler_weight(log_ratio: Tensor, options: LossOptions, limit: float) -> Tensor:
@@ -253,13 +304,17 @@ def _sampler_weight(log_ratio: Tensor, options: LossOptions, limit: float) -> Te
     return torch.where(weight > options.sampler_cap, 0.0, weight)
 
 
-def _reduce(per_token: Tensor, mask: Tensor, options: LossOptions, normalizer: float | Tensor | None) -> Tensor:
-    """Masked sum of (B, T), or sum of per-sequence means, over a denominator that may be that of a larger batch."""
-    total = torch.where(mask, per_token, 0.0)
+def sequence_weights(
+    num_tokens: Tensor,  # (B,) loss tokens of each sequence
+    options: LossOptions,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(B,): the loss is the sum of all tokens' losses, each times the weight of its sequence."""
+    denominator = loss_denominator(num_tokens.sum(), len(num_tokens), options, normalizer)
     if options.loss.reduction == "sequence_means":
-        total = total.sum(1) / mask.sum(1).clamp(min=1)
-    denominator = loss_denominator(mask.sum(), mask.shape[0], options, normalizer)
-    return total.sum() / denominator.to(per_token.dtype)
+        denominator = denominator * num_tokens.clamp(min=1)
+    return (1 / denominator).to(dtype).expand(len(num_tokens))
 
 
 def loss_denominator(
@@ -268,7 +323,10 @@ def loss_denominator(
     """0-d float64: the count given as `normalizer`, or else that of this call."""
     if normalizer is None:
         normalizer = num_tokens if options.loss.counts == "tokens" else num_sequences
-    denominator = torch.as_tensor(normalizer, dtype=torch.float64, device=num_tokens.device)
+    if isinstance(normalizer, Tensor):
+        denominator = normalizer.to(num_tokens.device, torch.float64)
+    else:
+        denominator = torch.full((), normalizer, dtype=torch.float64, device=num_tokens.device)
     if options.loss.denominator == "sequences_times_length":
         assert options.max_completion_length is not None
         denominator = denominator * options.max_completion_length
@@ -284,21 +342,9 @@ def grpo_loss(
     options: LossOptions,
     *,
     normalizer: float | Tensor | None = None,
-    old_logps: Tensor | None = None,  # (B, T), as the two below
-    ref_logps: Tensor | None = None,
-    sampler_logps: Tensor | None = None,
+    **given: Tensor | None,  # old_logps, ref_logps, sampler_logps, (B, T)
 ) -> tuple[Tensor, Metrics]:
     """`policy_loss_from_logps` of padded logits."""
     logits = torch.where(mask[..., None], logits, 0.0)
     logps, entropy = selective_log_softmax(logits, torch.where(mask, token_ids, 0), options.temperature)
-    return policy_loss_from_logps(
-        logps,
-        mask,
-        advantages,
-        options,
-        normalizer=normalizer,
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        sampler_logps=sampler_logps,
-        entropy=entropy,
-    )
+    return policy_loss_from_logps(logps, mask, advantages, options, normalizer=normalizer, entropy=entropy, **given)

@@ -79,3 +79,20 @@ def test_repeated_calls_are_bit_identical() -> None:
         loss.backward()
         runs.append((loss, hidden.grad, weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@by_case
+def test_tokens_of_advantage_zero(arguments: dict[str, Any]) -> None:
+    # Alone they have no gradient; in a sequence whose tokens share a ratio they have.
+    advantages = ADVANTAGES[:, None] * (torch.arange(T) % 2)
+    advantages[1] = 0.0
+    grads = []
+    for linear in (True, False):
+        hidden, weight = rand(B, T, D).requires_grad_(), rand(V, D, seed=1).requires_grad_()
+        common = {"mask": MASK, "advantages": advantages} | arguments
+        rows = (hidden, weight) if linear else (hidden @ weight.T,)
+        more = {"chunk_size": 6} if linear else {}
+        loss = (linear_grpo_loss if linear else grpo_loss)(*rows, TOKEN_IDS, **more, **common).loss
+        grads.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-14)

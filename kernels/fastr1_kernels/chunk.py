@@ -1,0 +1,164 @@
+"""Scores and gradients of one chunk of logits, in place: the same buffer holds logits, exponentials, then gradients.
+
+For a row of V logits x after scale, cap and temperature τ, with m = max xⱼ, eⱼ = exp(xⱼ - m), S = Σ eⱼ, pⱼ = eⱼ/S:
+    log pⱼ = xⱼ - m - log S      H = log S - Σ eⱼ (xⱼ - m) / S
+    ∂L/∂xⱼ = g·(δⱼᵧ - pⱼ) - h·(pⱼ log pⱼ + pⱼ H),   g = ∂L/∂logp, h = ∂L/∂H
+Where x = (cap/τ)·tanh(z/cap), tanh is found again from log eⱼ + m.
+
+`TorchChunk` runs everywhere: one buffer (C, V) of float32 (float64) and scratch for a few rows, which stay in the cache
+while they are worked on; half inputs add a buffer (C, V) of their own dtype, for the products. `TritonChunk` needs the
+half-precision buffer alone, because the row kernels of `gpu.rows` do the float32 work in registers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import uses_triton
+from .head import HeadOptions, HeadTensors, multiply_into, sum_dtype
+
+BLOCK_ELEMENTS = 2**18  # logits worked on at a time on a CPU: 1 MiB of float32
+
+
+def make_chunk(
+    hidden: Tensor, head: HeadTensors, options: HeadOptions, rows: int, per_token_temperature: bool
+) -> Chunk:
+    """Buffers for up to `rows` rows. The row kernels know one temperature, no cap and no kept set."""
+    is_plain = options.softcap is None and options.logit_scale > 0 and not per_token_temperature
+    is_plain = is_plain and options.top_k is None and options.top_p is None
+    kind = TritonChunk if is_plain and uses_triton(hidden) else TorchChunk
+    return kind(hidden, head, options, rows)
+
+
+class Chunk:
+    """Up to `rows` rows of logits: `score` them, then perhaps `gradient`."""
+
+    def __init__(self, hidden: Tensor, head: HeadTensors, options: HeadOptions, rows: int) -> None:
+        self.head, self.options = head, options
+        self.product_dtype = options.logits_dtype or hidden.dtype
+        shape = (rows, head.weight.shape[0])
+        self.logits = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        self.wide = self.logits
+        if self.logits.dtype != self.work_dtype():
+            self.wide = torch.empty(shape, dtype=self.work_dtype(), device=hidden.device)
+
+    def work_dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def multiply(self, hidden: Tensor) -> Tensor:
+        """The product, in the buffer that is worked on."""
+        rows = len(hidden)
+        product = self.wide[:rows] if self.product_dtype == self.wide.dtype else self.logits[:rows]
+        multiply_into(product, hidden, self.head, self.options.lora_scale)
+        return product if product.dtype == self.wide.dtype else self.wide[:rows].copy_(product)
+
+    def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+        """logps and entropy (C,) of rows (C, D); `temperature` is (C,), or None for that of the options."""
+        raise NotImplementedError
+
+    def gradient(self, d_logps: Tensor, d_entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gradient of the product of the rows scored last, (C, V), in the dtype of the head and in the widest there
+        is. Both are buffers."""
+        raise NotImplementedError
+
+
+class TorchChunk(Chunk):
+    def __init__(self, hidden: Tensor, head: HeadTensors, options: HeadOptions, rows: int) -> None:
+        super().__init__(hidden, head, options, rows)
+        self.block = rows
+        if hidden.device.type == "cpu":
+            self.block = min(max(BLOCK_ELEMENTS // self.wide.shape[1], 1), rows)
+        self.scratch = torch.empty(self.block, self.wide.shape[1], dtype=self.wide.dtype, device=hidden.device)
+
+    def work_dtype(self) -> torch.dtype:
+        return sum_dtype(self.logits.dtype)
+
+    def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self.multiply(hidden)
+        self.token_ids = token_ids[:, None]
+        self.temperature = None if temperature is None else temperature.to(x.dtype)[:, None]
+        self.top, self.total, logps, entropy = torch.empty(4, len(x), 1, dtype=x.dtype, device=x.device).unbind()
+        for rows in self._blocks(len(x)):
+            self._shape(x[rows], rows)
+            token = x[rows].gather(1, self.token_ids[rows])
+            torch.amax(x[rows], 1, keepdim=True, out=self.top[rows])
+            shifted = torch.sub(x[rows], self.top[rows], out=self.scratch[: len(token)])
+            shifted.clamp_(min=-1e30)  # a column of -inf has weight 0 and moment 0, not 0 · (-inf)
+            torch.exp(shifted, out=x[rows])
+            torch.sum(x[rows], 1, keepdim=True, out=self.total[rows])
+            moment = shifted.mul_(x[rows]).sum(1, keepdim=True)
+            log_total = self.total[rows].log()
+            logps[rows] = token - self.top[rows] - log_total
+            entropy[rows] = log_total - moment / self.total[rows]
+        self.entropy = entropy
+        return logps.squeeze(1), entropy.squeeze(1)
+
+    def gradient(self, d_logps: Tensor, d_entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        d = self.wide[: len(d_logps)]
+        factor = self._over_temperature(self.options.logit_scale, slice(None))  # ∂x/∂z, but for the cap
+        g = d_logps.to(d.dtype)[:, None] * factor
+        h = None if d_entropy is None else d_entropy.to(d.dtype)[:, None] * factor
+        for rows in self._blocks(len(d)):
+            e, total, scratch = d[rows], self.total[rows], self.scratch[: len(d[rows])]
+            slope = None if self.options.softcap is None else self._cap_slope(e, rows)
+            if h is None:
+                e.mul_(-g[rows] / total)
+            else:
+                weighted = torch.special.xlogy(e, e, out=scratch).mul_(-h[rows] / total)
+                e.mul_(-(g[rows] + h[rows] * (self.entropy[rows] - total.log())) / total).add_(weighted)
+            ids = self.token_ids[rows]
+            e.scatter_(1, ids, e.gather(1, ids) + g[rows])
+            if slope is not None:
+                e.mul_(slope)
+        d_logits = self.logits[: len(d)]
+        return (d if d_logits.dtype == d.dtype else d_logits.copy_(d)), d
+
+    def _shape(self, x: Tensor, rows: slice) -> None:
+        """Scale, cap and temperature, then -inf outside the kept set; in place."""
+        o = self.options
+        if o.softcap is not None:
+            x.mul_(o.logit_scale / o.softcap).tanh_().mul_(self._over_temperature(o.softcap, rows))
+        elif self.temperature is not None or o.logit_scale != o.temperature:
+            x.mul_(self._over_temperature(o.logit_scale, rows))
+        if o.top_k is not None or o.top_p is not None:
+            kept = reference.kept_columns(x, self.token_ids[rows].squeeze(1), o.top_k, o.top_p)
+            x.masked_fill_(~kept, -math.inf)
+
+    def _over_temperature(self, factor: float, rows: slice) -> float | Tensor:
+        return factor / (self.options.temperature if self.temperature is None else self.temperature[rows])
+
+    def _cap_slope(self, e: Tensor, rows: slice) -> Tensor:
+        """1 - tanh² from the exponentials; 0 where they are 0."""
+        assert self.options.softcap is not None
+        inverse = 1 / self._over_temperature(self.options.softcap, rows)
+        tanh = e.log().add_(self.top[rows]).mul_(inverse).clamp_(-1, 1)
+        return tanh.square_().neg_().add_(1)
+
+    def _blocks(self, rows: int) -> list[slice]:
+        return [slice(start, min(start + self.block, rows)) for start in range(0, rows, self.block)]
+
+
+class TritonChunk(Chunk):
+    def work_dtype(self) -> torch.dtype:
+        return self.product_dtype
+
+    def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+        from .gpu.rows import score_rows  # triton exists on Linux only
+
+        self.leaf = self.multiply(hidden).detach().requires_grad_()
+        tau = self.options.temperature / self.options.logit_scale
+        with torch.enable_grad():
+            self.outputs = score_rows(self.leaf, token_ids, temperature=tau, inplace=True)
+        logps, entropy = (x.detach() for x in self.outputs)
+        return logps, entropy
+
+    def gradient(self, d_logps: Tensor, d_entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        used = self.outputs if d_entropy is not None else self.outputs[:1]
+        upstream = [d_logps.float(), d_entropy.float()] if d_entropy is not None else [d_logps.float()]
+        (d,) = torch.autograd.grad(used, self.leaf, upstream)
+        d_logits = self.logits[: len(d)]
+        return (d if d.dtype == d_logits.dtype else d_logits.copy_(d)), d
