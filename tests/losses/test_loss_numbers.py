@@ -16,6 +16,60 @@ from fastr1_kernels import grpo_loss, reference, selective_log_softmax
 INF, NAN = float("inf"), float("nan")
 
 
+@pytest.fixture
+def gpu_min_max(kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """min and max of the interpreter as a GPU has them: of a number and NaN they give the number."""
+    if kernels.device != "cpu":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, function in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):
+        monkeypatch.setattr(InterpreterBuilder, name, lambda self, a, b, f=function: self.binary_op(a, b, f))
+
+
+OBJECTIVES: list[dict[str, Any]] = [
+    {"loss_type": "grpo"},
+    {"loss_type": "grpo", "delta": 1.5},
+    {"loss_type": "cispo", "normalizer": 9, "epsilon_high": 5.0},
+    {"loss_type": "sapo"},
+    *({"loss_type": "grpo", "kl_estimator": k} for k in ("k1", "k2", "k3")),
+    *({"loss_type": "grpo", "sampler_correction": c} for c in ("token_truncate", "token_mask", "icepop")),
+]
+
+
+@pytest.mark.parametrize("name", ["old_logps", "ref_logps", "sampler_logps"])
+@pytest.mark.parametrize("arguments", OBJECTIVES, ids=lambda x: "-".join(map(str, x.values())))
+def test_nan_in_other_logps_reaches_the_loss(
+    kernels: Backend, gpu_min_max: None, arguments: dict[str, Any], name: str
+) -> None:
+    given = {"old_logps": OLD, "ref_logps": REF, "sampler_logps": SAMPLER}
+    given[name] = given[name].clone()
+    given[name][0, 2] = NAN
+    output, gradient = loss_on(kernels, {**arguments, "beta": 0.1, **given})
+    assert output.loss.isnan()
+    assert gradient[0, 2].isnan().any()
+    gradient[0, 2] = 0
+    assert gradient.isfinite().all()
+
+
+def test_nan_in_ref_logps_reaches_the_loss_that_clamps_kl(kernels: Backend, gpu_min_max: None) -> None:
+    ref = REF.clone()
+    ref[0, 2] = NAN
+    output, gradient = loss_on(kernels, {"loss_type": "tinyllava_video_r1", "beta": 0.1, "ref_logps": ref})
+    assert output.loss.isnan()
+    assert gradient[0, 2].isnan().any()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_nan_logit_reaches_the_loss(kernels: Backend, gpu_min_max: None, entropy_coef: float) -> None:
+    logits = LOGITS.clone()
+    logits[0, 0, 3] = NAN
+    output, gradient = loss_on(kernels, {"loss_type": "grpo", "entropy_coef": entropy_coef}, logits=logits)
+    assert output.loss.isnan()
+    assert gradient[0, 0].isnan().all()
+    assert gradient[0, 1:].isfinite().all()
+
+
 def test_rows_of_nothing_but_minus_infinity_are_nan(backend: Backend) -> None:
     logits = torch.zeros(2, 20, device=backend.device)
     logits[1] = -INF

@@ -1,11 +1,15 @@
-"""The GRPO loss of logits in one launch: the kernel, one program per token (see `loss`)."""
+"""The GRPO loss of logits in one launch: the kernel, one program per token (see `loss`).
+
+Minimum and maximum of a GPU drop NaN, so every clamp that may meet one says that it stays: a NaN in a live row, be it
+in the logits or in the log-probabilities of another policy, has to reach the loss.
+"""
 
 from __future__ import annotations
 
 import triton.language as tl
 
 from .advantages import reward_advantage
-from .policy import kl_term, policy_term, sampler_term
+from .policy import clamp, kl_term, policy_term, sampler_term
 from .row_passes import row_base, score_row, write_row_gradient, write_row_zeros
 from .rows import row_kernel
 from .terms import (
@@ -109,8 +113,8 @@ def grpo_rows_kernel(
     if old_ptr is not None:
         old = tl.load(old_ptr + i_n)
     log_ratio = logp - old
-    ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -limit), limit))
-    slope = tl.where((log_ratio >= -limit) & (log_ratio <= limit), ratio, 0.0)
+    ratio = tl.exp(clamp(log_ratio, -limit, limit))
+    slope = tl.where((log_ratio < -limit) | (log_ratio > limit), 0.0, ratio)
     if old_ptr is None:  # exactly 1, also where logp is -inf
         ratio, slope = 1.0, 1.0
     loss, d_logp = policy_term(ratio, slope, advantage, logp, low, high, delta, tau_pos, tau_neg, OBJECTIVE)
