@@ -93,7 +93,7 @@ def k3_term(q):
 def kl_term(q, limit, KL: tl.constexpr):
     """kl and ∂kl/∂logp for q = logp_ref - logp."""
     if KL == "k1":
-        return -q, q * 0.0 + 1.0
+        return -q, 1.0  # also for an infinite q
     elif KL == "k2":
         return q * q / 2.0, -q
     elif KL == "k3":
