@@ -89,6 +89,13 @@ def _check_normalizer(normalizer: float | Tensor | None) -> None:
         check_number("normalizer", normalizer, at_least=0)
 
 
+def check_grad_scale(grad_scale: float | Tensor | None) -> None:
+    if isinstance(grad_scale, Tensor):
+        require(grad_scale.dim() == 0, f"grad_scale has shape {tuple(grad_scale.shape)}: give a 0-d tensor or a number")
+    elif grad_scale is not None:
+        check_number("grad_scale", grad_scale, above=0)
+
+
 def check_advantage_options(scale_rewards: str, eps: float, noise_std: float = 0.0) -> None:
     check_choice("scale_rewards", scale_rewards, SCALES)
     check_number("eps", eps, at_least=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import (
     LossArguments,
+    check_grad_scale,
     check_inplace,
     check_layout,
     check_linear,
@@ -24,7 +25,7 @@ from .checks import (
     check_token_ids,
 )
 from .chunked import chunked_linear_logps
-from .dispatch import fits_one_launch, rewards_use_triton, uses_triton
+from .dispatch import fits_one_launch, knows_gradient, rewards_use_triton, uses_triton
 from .options import LossOptions, choose_options
 from .token_loss import advantages_of, loss_of_tokens
 
@@ -44,6 +45,7 @@ def grpo_loss(
     token_ids: Tensor,  # (B, T) padded, (N,) packed with cu_seqlens
     *,
     inplace: bool = False,
+    grad_scale: float | Tensor | None = None,  # what the loss will be multiplied by before its backward pass
     mask: Tensor | None = None,  # as token_ids, True = loss token
     cu_seqlens: Tensor | None = None,  # (B + 1,), packed only
     rewards: Tensor | None = None,  # (R,)
@@ -87,6 +89,11 @@ def grpo_loss(
     `normalizer` fixes the denominator for an update that is computed in several calls: the number of loss tokens or of
     sequences (`LOSSES[loss_type].counts`) of the whole update. The losses of the calls then add up to the loss of one
     call with everything.
+
+    With `grad_scale` the one launch writes the gradient of grad_scale · loss, and a backward pass that brings this
+    factor, of loss scaling or of accumulation, has nothing left to do. Any other upstream gradient stays right at the
+    cost of one more pass. It changes no value. float16 logits are scored by two launches without it: their gradient,
+    written before the factor is known, would round to zeros.
 
     With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
     one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.
@@ -134,10 +141,11 @@ def grpo_loss(
     )
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
+    check_grad_scale(grad_scale)
     if inplace:
         check_inplace(logits, uses_triton(logits))
     if uses_triton(logits):
-        return _loss_in_triton(logits, token_ids, mask, arguments, inplace)
+        return _loss_in_triton(logits, token_ids, mask, arguments, inplace, grad_scale)
     rows = _select(logits, mask, arguments)
     logps, entropy = reference.selective_log_softmax(rows, token_ids[mask].long(), arguments.options.temperature)
     return GRPOOutput(*loss_of_tokens(logps, entropy, token_ids, mask, arguments))
@@ -252,14 +260,20 @@ def _select(rows: Tensor, mask: Tensor, arguments: LossArguments) -> Tensor:
 
 
 def _loss_in_triton(
-    logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments, inplace: bool
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    arguments: LossArguments,
+    inplace: bool,
+    grad_scale: float | Tensor | None,
 ) -> GRPOOutput:
     from .gpu import loss, rows  # triton exists on Linux only
 
-    if fits_one_launch(arguments.options, has_sampler=arguments.sampler_logps is not None):
+    has_sampler = arguments.sampler_logps is not None
+    if fits_one_launch(arguments.options, has_sampler) and knows_gradient(logits, grad_scale is not None):
         in_kernel = arguments.rewards is not None and rewards_use_triton(arguments.rewards)
         advantages = None if in_kernel else advantages_of(arguments)
-        return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace))
+        return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace, grad_scale))
     temperature = arguments.options.temperature
     scores = rows.score_rows(logits, token_ids, mask, temperature=temperature, inplace=inplace)
     logps, entropy = (x[mask.reshape(-1)] for x in scores)

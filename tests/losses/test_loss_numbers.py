@@ -95,6 +95,43 @@ def test_k1_of_a_token_that_the_reference_excludes_has_slope_one(kernels: Backen
     assert torch.equal(gradient, expected)
 
 
+def half_gradient(kernels: Backend, upstream: float, **arguments: Any) -> Tensor:
+    """Gradient of float16 logits by the loss times `upstream`, divided by it."""
+    logits = LOGITS.half().to(kernels.device).requires_grad_()
+    others = {"mask": MASK, "advantages": ADVANTAGES, "old_logps": OLD, **arguments}
+    loss = grpo_loss(logits, kernels.put(TOKEN_IDS), **{k: kernels.put(v) for k, v in others.items()}).loss
+    (loss * upstream).backward()
+    assert logits.grad is not None
+    return logits.grad.double().cpu() / upstream
+
+
+@pytest.mark.parametrize("scale", [None, 65536.0, torch.tensor(65536.0)], ids=["unknown", "number", "tensor"])
+def test_loss_scaling_keeps_the_gradients_of_float16(kernels: Backend, scale: float | Tensor | None) -> None:
+    # A million loss tokens in the update: unscaled gradients of 1e-7 are below what float16 resolves.
+    arguments = {"loss_type": "dapo", "normalizer": 1e6, "entropy_coef": 0.1}
+    got = half_gradient(kernels, 65536.0, grad_scale=scale, **arguments)
+    leaf = LOGITS.half().double().requires_grad_()
+    others = {"mask": MASK, "advantages": ADVANTAGES, "old_logps": OLD}
+    grpo_loss(leaf, TOKEN_IDS, **others, **arguments).loss.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(got, leaf.grad, rtol=2e-3, atol=1e-12)
+
+
+@by_some
+def test_grad_scale_changes_no_value_and_no_gradient(backend: Backend, arguments: dict[str, Any]) -> None:
+    plain, gradient = loss_on(backend, arguments)
+    for scale in (8.0, torch.tensor(0.125)):
+        output, scaled = loss_on(backend, arguments, grad_scale=scale)
+        assert torch.equal(output.loss, plain.loss)
+        assert torch.equal(scaled, gradient)  # powers of two
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, NAN, torch.ones(2)])
+def test_wrong_grad_scales_are_refused(scale: float | Tensor) -> None:
+    with pytest.raises(ValueError, match="grad_scale"):
+        grpo_loss(LOGITS, TOKEN_IDS, advantages=ADVANTAGES, loss_type="grpo", grad_scale=scale)
+
+
 def test_entropy_left_out_changes_nothing_else(kernels: Backend) -> None:
     from fastr1_kernels.gpu.rows import score_rows
 

@@ -108,3 +108,14 @@ def test_a_row_without_gradient_is_read_once(interpreter: None) -> None:
         grpo_loss(logits, ids, loss_type="grpo", inplace=True, **others | {"advantages": torch.zeros(2)})
     assert traffic.per_row(traffic.loads) == [(V + 1, 1) if live else (0, 0) for live in LIVE]
     assert traffic.per_row(traffic.stores) == [(V, 1)] * N
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(4.0, 0), (torch.tensor(4.0), 0), (None, 1), (2.0, 1)])
+def test_a_scale_known_before_spares_the_passes_after(
+    interpreter: None, scale: float | Tensor | None, passes: int
+) -> None:
+    logits, ids, others = inputs()
+    loss = grpo_loss(logits, ids, loss_type="grpo", inplace=True, grad_scale=scale, **others).loss
+    with watched(logits) as (traffic,):
+        (4 * loss).backward()
+    assert traffic.per_row(traffic.loads) == traffic.per_row(traffic.stores) == [(V * passes, passes)] * N

@@ -17,7 +17,9 @@ cache when it is read again costs nothing more), fewest FLOPs about 13·N·V, tw
 is not read, its gradient is written as zeros; so is that of a row whose token has gradient 0 (A = 0, say), after one
 reading. Never materialised: float32 logits, log-softmax, probabilities. No atomics: bit-identical from run to run.
 
-The backward pass multiplies by the upstream gradient in place and stops at once where that is 1.
+The backward pass multiplies by the upstream gradient in place and stops at once where that is 1, or the grad_scale that
+the gradient was written with. float16 logits have to be given one: at 1/65,536 of its size their gradient would round
+to zeros before the factor is known (`dispatch.knows_gradient`).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class _Rows:
     weights: Tensor  # (B,) float32
     advantages: Tensor | None  # (B,) or (N,) float32; None: from the rewards
     arguments: LossArguments
+    grad_scale: Tensor | None  # 0-d float32
     compute_entropy: bool
 
     def launch(self, logits: Tensor, d_logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -72,6 +75,7 @@ class _Rows:
                     ref_ptr=_flat(o.ref_logps),
                     sampler_ptr=_flat(o.sampler_logps),
                     weight_ptr=self.weights,
+                    grad_scale_ptr=self.grad_scale,
                     advantages_ptr=advantages,
                     rewards_ptr=rewards,
                     group_ids_ptr=None if o.group_ids is None else o.group_ids.contiguous(),
@@ -119,7 +123,7 @@ class _GRPOLoss(torch.autograd.Function):
         if d_logits is not None:
             if inplace:  # whoever kept the logits for a backward pass of their own must be told
                 torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(d_logits)
+            ctx.save_for_backward(d_logits, rows.grad_scale)
         sums = terms.sum(1)
         loss = sums[TERM_LOSS.value].clone()
         ctx.mark_non_differentiable(sums, terms, advantages)
@@ -129,14 +133,14 @@ class _GRPOLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("grpo_loss on a GPU is differentiable once: leave create_graph=True out")
-        (d_logits,) = ctx.saved_tensors
+        d_logits, grad_scale = ctx.saved_tensors
         d_logits = d_logits.detach()
         if d_logits.numel():
             with device_of(d_logits):
                 scale_rows_kernel[(d_logits.shape[0] * d_logits.shape[1],)](
                     d_logits_ptr=d_logits,
                     d_loss_ptr=d_loss.contiguous(),
-                    grad_scale_ptr=None,
+                    grad_scale_ptr=grad_scale,
                     T=d_logits.shape[1],
                     V=d_logits.shape[2],
                     stride_b=d_logits.stride(0),
@@ -156,12 +160,18 @@ def one_launch_loss(
     arguments: LossArguments,
     advantages: Tensor | None,  # (B,) or as token_ids; None: from arguments.rewards
     inplace: bool,
+    grad_scale: float | Tensor | None = None,
     compute_entropy: bool = True,
 ) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
     """The fields of `GRPOOutput` for checked arguments in which every token's loss depends on its own row alone.
 
+    `grad_scale` is the upstream gradient, as far as it is known: a backward pass that brings it has nothing left to do.
     Without `compute_entropy`, and without entropy bonus, the entropy is zeros and no metric.
     """
+    if isinstance(grad_scale, Tensor):
+        grad_scale = grad_scale.detach().float()
+    elif grad_scale is not None:
+        grad_scale = torch.full((), grad_scale, device=logits.device)
     sequence, counts = _sequences(token_ids, mask, arguments.cu_seqlens)
     options = arguments.options
     denominator = reference.loss_denominator(counts.sum(), len(counts), options, arguments.normalizer)
@@ -175,6 +185,7 @@ def one_launch_loss(
         weights.float().contiguous(),
         _flat(advantages),
         arguments,
+        grad_scale,
         compute_entropy or options.entropy_coef != 0,
     )
     has_gradient = torch.is_grad_enabled() and logits.requires_grad

@@ -37,6 +37,7 @@ def grpo_rows_kernel(
     ref_ptr,
     sampler_ptr,
     weight_ptr,  # (B,) float32
+    grad_scale_ptr,  # 0-d float32: the gradient is multiplied by it; or None
     advantages_ptr,  # (B,) or (N,) float32; (B,) out with SOURCE "rewards"
     rewards_ptr,  # (R,) float32 or None
     group_ids_ptr,  # (R,) or None
@@ -133,6 +134,8 @@ def grpo_rows_kernel(
     if HAS_BONUS:
         bonus = entropy_coef * entropy
     loss = sequence_weight * tl.where(logp == logp, loss - bonus, logp)
+    if grad_scale_ptr is not None:
+        sequence_weight *= tl.load(grad_scale_ptr)
     d_logp = sequence_weight * tl.where(logp == logp, d_logp, logp)
 
     store_term(terms_ptr, TERM_LOSS, i_n, N, loss)
