@@ -194,3 +194,14 @@ def test_offsets_beyond_32_bits_are_the_same_kernel(launches: list[Compiled]) ->
     for shape in ((2, 3), (2, 14_200)):  # a stride of 2.2e9
         call_loss(shape=shape)
     assert variants(launches) == {"grpo_rows_kernel": 1, "scale_rows_kernel": 1}
+
+
+@pytest.mark.parametrize(("scale", "count", "names"), [("group", 256, 0), ("group", 512, 1), ("batch", 512, 1)])
+def test_many_rewards_are_reduced_by_a_launch_of_their_own(
+    launches: list[Compiled], scale: str, count: int, names: int
+) -> None:
+    target(90)
+    group = {"num_generations": count} if scale == "group" else {"group_ids": torch.zeros(count, dtype=torch.long)}
+    rewards = {"advantages": None, "rewards": torch.zeros(count), "scale_rewards": scale, **group}
+    call_loss(64, torch.float32, (count, 1), **rewards)
+    assert [c.name for c in launches].count("group_advantages_kernel") == names

@@ -132,6 +132,22 @@ def test_wrong_grad_scales_are_refused(scale: float | Tensor) -> None:
         grpo_loss(LOGITS, TOKEN_IDS, advantages=ADVANTAGES, loss_type="grpo", grad_scale=scale)
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([6, 1, 0, 3])])
+@pytest.mark.parametrize("options", [{"num_generations": 4, "scale_rewards": "batch"}, {"group_ids": None}])
+def test_rewards_reduced_before_the_launch_give_the_same(
+    kernels: Backend, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], index: Tensor | None
+) -> None:
+    rewards = torch.tensor([1.0, 3.0, 0.0, 7.0, 2.0, 2.0, 9.0, 4.0])[: None if index is not None else 4]
+    options = options | ({"group_ids": torch.arange(len(rewards)) % 2} if "group_ids" in options else {})
+    arguments = {"loss_type": "grpo", "advantages": None, "rewards": rewards, "sequence_index": index, **options}
+    within = loss_on(kernels, arguments)
+    monkeypatch.setattr("fastr1_kernels.gpu.loss.MAX_REWARDS_IN_LAUNCH", 2)
+    before = loss_on(kernels, arguments)
+    assert torch.equal(within[0].loss, before[0].loss)
+    assert torch.equal(within[0].advantages, before[0].advantages)
+    assert torch.equal(within[1], before[1])
+
+
 def test_entropy_left_out_changes_nothing_else(kernels: Backend) -> None:
     from fastr1_kernels.gpu.rows import score_rows
 

@@ -6,7 +6,7 @@ second time to write the gradient, in place if asked:
     loss of the token = W_b·(w·f + β·kl - c·H)    ∂/∂logp = W_b·(w·f' + β·kl')    ∂/∂H = -W_b·c
 W_b, the weight of every token of sequence b, holds the denominators (per-sequence count, normalizer, maximal length);
 it is (B,) and prepared by torch. A comes from the rewards, inside the launch: each program reduces its own group, and B
-more programs write A for the caller. The terms, losses
+more programs write A for the caller; where those would be many rewards, a launch before computes A. The terms, losses
 and metrics of every token, are one (8, N) buffer, whose rows (`terms`) torch sums in a fixed order.
 
 Objectives in which the tokens of a sequence depend on one another (sequence-level ratio or sampler weight, off-policy
@@ -34,11 +34,14 @@ from .. import reference
 from ..checks import LossArguments
 from ..dispatch import device_of
 from ..reference import Metrics
-from .advantages import BLOCK_REWARDS
+from .advantages import BLOCK_REWARDS, launch_group_advantages
 from .loss_kernel import grpo_rows_kernel
 from .policy import policy_arguments
 from .rows import as_grid, row_launch_config, row_width, scale_rows_kernel
 from .terms import METRIC_TERMS, NUM_TERMS, TERM_ENTROPY, TERM_LOGP, TERM_LOSS
+
+# A program that would read more rewards than this for its advantage finds it computed by a launch before.
+MAX_REWARDS_IN_LAUNCH = 2 * BLOCK_REWARDS
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ def one_launch_loss(
         grad_scale = grad_scale.detach().float()
     elif grad_scale is not None:
         grad_scale = torch.full((), grad_scale, device=logits.device)
+    if advantages is None:
+        advantages = _launched_advantages(arguments)
     sequence, counts = _sequences(token_ids, mask, arguments.cu_seqlens)
     options = arguments.options
     denominator = reference.loss_denominator(counts.sum(), len(counts), options, arguments.normalizer)
@@ -199,6 +204,29 @@ def one_launch_loss(
     shape = token_ids.shape
     given = used_advantages if advantages is None else used_advantages.view(advantages.shape)
     return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), given
+
+
+def _launched_advantages(arguments: LossArguments) -> Tensor | None:
+    """(B,) from many rewards, in a launch of their own; None: few enough for every token's program to read them.
+
+    A program reads its group; all rewards with group_ids or scale_rewards="batch". By arithmetic, not by a clock: two
+    blocks of rewards take some 2 % of the time of a row of 150,000 logits, a launch as long as a handful of rows.
+    """
+    assert arguments.rewards is not None
+    options, rewards = arguments.options, arguments.rewards
+    reads_all = arguments.num_generations is None or options.scale_rewards == "batch"
+    if (len(rewards) if reads_all else arguments.num_generations or 0) <= MAX_REWARDS_IN_LAUNCH:
+        return None
+    advantages = launch_group_advantages(
+        rewards,
+        num_generations=arguments.num_generations,
+        group_ids=arguments.group_ids,
+        scale_rewards=options.scale_rewards,
+        eps=options.advantage_eps,
+        leave_one_out=options.leave_one_out,
+    )
+    index = arguments.sequence_index
+    return advantages if index is None else advantages[index.long()]
 
 
 def _sequences(token_ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor]:
