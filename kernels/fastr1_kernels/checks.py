@@ -82,9 +82,11 @@ def check_linear(
         check_count("chunk_size", chunk)
 
 
-def _check_normalizer(normalizer: float | Tensor | None) -> None:
+def _check_normalizer(normalizer: float | Tensor | None, check_values: bool = True) -> None:
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
+        if check_values:
+            check_number("normalizer", normalizer.item(), at_least=0)
     elif normalizer is not None:
         check_number("normalizer", normalizer, at_least=0)
 
@@ -134,8 +136,17 @@ def check_inplace(logits: Tensor, has_kernel: bool) -> None:
     require(has_kernel, f"inplace=True needs the Triton kernel, which does not run for {where}: leave it out")
     is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
     require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
-    repeated = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
-    require(not repeated, f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
+    require(not _overlaps(logits), f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory: an axis steps by less than what the axes of smaller strides reach."""
+    reach = 0
+    for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (n - 1)
+    return False
 
 
 def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -154,12 +165,16 @@ def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None) -> int:
     return len(bounds) - 1
 
 
-def check_mask(mask: Tensor | None, token_ids: Tensor) -> Tensor:
+def check_mask(mask: Tensor | None, token_ids: Tensor, check_values: bool = True) -> Tensor:
     """The mask as bool, all True where None is given."""
     if mask is None:
         return torch.ones_like(token_ids, dtype=torch.bool)
     check_shape("mask", mask, tuple(token_ids.shape), token_ids.device)
     require(not mask.is_floating_point(), f"mask has dtype {mask.dtype}: give bool or 0/1 integers")
+    if mask.dtype != torch.bool and check_values:
+        bad = (mask != 0) & (mask != 1)
+        if bad.any():
+            raise ValueError(f"mask contains {mask[bad][0].item()}: give bool or 0/1 integers")
     return mask.bool()
 
 
@@ -190,6 +205,11 @@ def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_seq
         for name in ("num_generations", "group_ids", "sequence_index"):
             require(getattr(arguments, name) is None, f"{name} describes rewards: leave it out with advantages")
         per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (num_sequences,)
+        bounds = arguments.cu_seqlens
+        if bounds is not None and per_sequence and num_sequences == len(token_ids):
+            message = "one per sequence or one per row? Lay the call out as (B, T)"
+            is_same = bool((bounds.diff() == 1).all())
+            require(is_same, f"advantages {tuple(advantages.shape)} with as many sequences as rows: {message}")
         shape = (num_sequences,) if per_sequence else tuple(token_ids.shape)
         check_floats("advantages", advantages, shape, token_ids.device)
         return
