@@ -108,9 +108,16 @@ def _check_normalizer(normalizer: float | Tensor | None, check_values: bool) -> 
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
         if check_values and not normalizer >= 0:
-            raise ValueError(f"normalizer={normalizer.item()}: give a number >= 0")
+            raise ValueError(f"normalizer={normalizer.item()}: give a finite number >= 0")
     elif normalizer is not None:
         check_number("normalizer", normalizer, at_least=0)
+
+
+def check_grad_scale(grad_scale: float | Tensor | None) -> None:
+    if isinstance(grad_scale, Tensor):
+        require(grad_scale.dim() == 0, f"grad_scale has shape {tuple(grad_scale.shape)}: give a 0-d tensor or a number")
+    elif grad_scale is not None:
+        check_number("grad_scale", grad_scale, above=0)
 
 
 def check_advantage_options(scale_rewards: str, eps: float, noise_std: float = 0.0) -> None:
@@ -153,8 +160,17 @@ def check_inplace(logits: Tensor, has_kernel: bool) -> None:
     require(has_kernel, f"inplace=True needs the Triton kernel, which does not run for {where}: leave it out")
     is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
     require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
-    repeated = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
-    require(not repeated, f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
+    require(not _overlaps(logits), f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory: an axis steps by less than what the axes of smaller strides reach."""
+    reach = 0
+    for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (n - 1)
+    return False
 
 
 def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None, check_values: bool = True) -> int:
@@ -182,8 +198,10 @@ def check_mask(mask: Tensor | None, token_ids: Tensor, check_values: bool = True
         return torch.ones_like(token_ids, dtype=torch.bool)
     check_shape("mask", mask, tuple(token_ids.shape), token_ids.device)
     require(not mask.is_floating_point(), f"mask has dtype {mask.dtype}: give bool or 0/1 integers")
-    if check_values and mask.dtype != torch.bool:
-        require(not ((mask != 0) & (mask != 1)).any(), "mask has integers other than 0 and 1: give bool")
+    if mask.dtype != torch.bool and check_values:
+        bad = (mask != 0) & (mask != 1)
+        if bad.any():
+            raise ValueError(f"mask contains {mask[bad][0].item()}: give bool or 0/1 integers")
     return mask.bool()
 
 
@@ -215,6 +233,11 @@ def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_seq
         for name in ("num_generations", "group_ids", "sequence_index"):
             require(getattr(arguments, name) is None, f"{name} describes rewards: leave it out with advantages")
         per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (num_sequences,)
+        bounds = arguments.cu_seqlens
+        if bounds is not None and per_sequence and num_sequences == len(token_ids):
+            message = "one per sequence or one per row? Lay the call out as (B, T)"
+            is_same = arguments.check_values and bool((bounds.diff() == 1).all())
+            require(is_same, f"advantages {tuple(advantages.shape)} with as many sequences as rows: {message}")
         shape = (num_sequences,) if per_sequence else tuple(token_ids.shape)
         check_floats("advantages", advantages, shape, token_ids.device)
         return

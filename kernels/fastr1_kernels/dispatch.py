@@ -41,6 +41,14 @@ def fits_one_launch(options: LossOptions, has_sampler: bool) -> bool:
     return is_per_token(options, has_sampler) and options.top_entropy_quantile == 1
 
 
+def knows_gradient(logits: Tensor, has_grad_scale: bool) -> bool:
+    """Whether a gradient written in the forward pass survives its dtype.
+
+    float16 needs loss scaling: at 1/65,536 of its size most of the gradient rounds to 0, and the factor comes too late.
+    """
+    return logits.dtype != torch.float16 or has_grad_scale or not (logits.requires_grad and torch.is_grad_enabled())
+
+
 def _runs_triton(x: Tensor) -> bool:
     return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
 

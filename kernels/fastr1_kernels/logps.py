@@ -64,7 +64,8 @@ def selective_log_softmax(
     if uses_triton(logits):
         from .gpu.rows import score_rows  # triton exists on Linux only
 
-        logps, entropy = (x.view(token_ids.shape) for x in score_rows(logits, token_ids, temperature=temperature))
+        scores = score_rows(logits, token_ids, temperature=temperature, compute_entropy=return_entropy)
+        logps, entropy = (x.view(token_ids.shape) for x in scores)
     else:
         logps, entropy = reference.selective_log_softmax(logits, token_ids.long(), temperature)
     return (logps, entropy) if return_entropy else logps

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
 from .checks import (
     LossArguments,
+    check_grad_scale,
     check_head,
     check_inplace,
     check_layout,
@@ -25,11 +25,11 @@ from .checks import (
     check_temperatures,
     check_token_ids,
 )
-from .dispatch import fits_one_launch, rewards_use_triton, uses_triton
+from .dispatch import fits_one_launch, knows_gradient, rewards_use_triton, uses_triton
 from .head import HeadOptions, HeadTensors
 from .linear import chunked_linear_logps, default_chunk_size, loss_of_chunks, plan_rows
 from .options import LossOptions, check_count, choose_options
-from .token_loss import TokenLoss, advantages_of
+from .token_loss import TokenLoss, advantages_of, scores_in_torch
 
 
 class GRPOOutput(NamedTuple):
@@ -47,6 +47,7 @@ def grpo_loss(
     token_ids: Tensor,  # (B, T) padded, (N,) packed with cu_seqlens
     *,
     inplace: bool = False,
+    grad_scale: float | Tensor | None = None,  # what the loss will be multiplied by before its backward pass
     mask: Tensor | None = None,  # as token_ids, True = loss token
     cu_seqlens: Tensor | None = None,  # (B + 1,), packed only
     rewards: Tensor | None = None,  # (R,)
@@ -91,6 +92,11 @@ def grpo_loss(
 
     With `check_values=False` no check reads the values of a tensor, and neither the call nor its backward pass waits
     for the device. Wrong ids, rewards and boundaries are then not noticed.
+
+    With `grad_scale` the one launch writes the gradient of grad_scale · loss, and a backward pass that brings this
+    factor, of loss scaling or of accumulation, has nothing left to do. Any other upstream gradient stays right at the
+    cost of one more pass. It changes no value. float16 logits are scored by two launches without it: their gradient,
+    written before the factor is known, would round to zeros.
 
     With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
     one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.
@@ -139,12 +145,13 @@ def grpo_loss(
     )
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
+    check_grad_scale(grad_scale)
     if inplace:
         check_inplace(logits, uses_triton(logits))
     if uses_triton(logits):
-        return _loss_in_triton(logits, token_ids, mask, arguments, inplace)
+        return _loss_in_triton(logits, token_ids, mask, arguments, inplace, grad_scale)
     return GRPOOutput(
-        *TokenLoss(token_ids, mask, arguments).output(*_scores_in_torch(logits, token_ids, mask, arguments))
+        *TokenLoss(token_ids, mask, arguments).output(*scores_in_torch(logits, token_ids, mask, arguments))
     )
 
 
@@ -307,33 +314,21 @@ def _check(arguments: LossArguments, token_ids: Tensor, vocabulary: int) -> Tens
     return mask
 
 
-def _scores_in_torch(
-    logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments
-) -> tuple[Tensor, Tensor]:
-    """logps and entropy (N,). The logits of loss tokens are picked where that may wait for the device; else those of
-    other tokens are replaced by zeros."""
-    temperature, ids = arguments.options.temperature, torch.where(mask, token_ids, 0).reshape(-1).long()
-    rows = logits.reshape(-1, logits.shape[-1])
-    if arguments.mask is None:
-        return reference.selective_log_softmax(rows, ids, temperature)
-    if not arguments.check_values:
-        rows = torch.where(mask.reshape(-1, 1), rows, 0.0)
-        return reference.selective_log_softmax(rows, ids, temperature)
-    live = mask.reshape(-1).nonzero().squeeze(1)
-    scores = reference.selective_log_softmax(rows[live], ids[live], temperature)
-    logps, entropy = (x.new_zeros(len(ids)).index_copy(0, live, x) for x in scores)
-    return logps, entropy
-
-
 def _loss_in_triton(
-    logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments, inplace: bool
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    arguments: LossArguments,
+    inplace: bool,
+    grad_scale: float | Tensor | None,
 ) -> GRPOOutput:
     from .gpu import loss, rows  # triton exists on Linux only
 
-    if fits_one_launch(arguments.options, has_sampler=arguments.sampler_logps is not None):
+    has_sampler = arguments.sampler_logps is not None
+    if fits_one_launch(arguments.options, has_sampler) and knows_gradient(logits, grad_scale is not None):
         in_kernel = arguments.rewards is not None and rewards_use_triton(arguments.rewards)
         advantages = None if in_kernel else advantages_of(arguments)
-        return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace=inplace))
+        return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace, grad_scale))
     temperature = arguments.options.temperature
     scores = rows.score_rows(logits, token_ids, mask, temperature=temperature, inplace=inplace)
     return GRPOOutput(*TokenLoss(token_ids, mask, arguments).output(*scores))

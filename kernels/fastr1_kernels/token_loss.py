@@ -130,3 +130,19 @@ def advantages_of(arguments: LossArguments) -> Tensor:
         leave_one_out=arguments.options.leave_one_out,
     )
     return advantages if arguments.sequence_index is None else advantages.gather(0, arguments.sequence_index.long())
+
+
+def scores_in_torch(logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments) -> tuple[Tensor, Tensor]:
+    """logps and entropy (N,). The logits of loss tokens are picked where that may wait for the device; else those of
+    other tokens are replaced by zeros."""
+    temperature, ids = arguments.options.temperature, torch.where(mask, token_ids, 0).reshape(-1).long()
+    rows = logits.reshape(-1, logits.shape[-1])
+    if arguments.mask is None:
+        return reference.selective_log_softmax(rows, ids, temperature)
+    if not arguments.check_values:
+        rows = torch.where(mask.reshape(-1, 1), rows, 0.0)
+        return reference.selective_log_softmax(rows, ids, temperature)
+    live = mask.reshape(-1).nonzero().squeeze(1)
+    scores = reference.selective_log_softmax(rows[live], ids[live], temperature)
+    logps, entropy = (x.new_zeros(len(ids)).index_copy(0, live, x) for x in scores)
+    return logps, entropy

@@ -48,12 +48,24 @@ def test_inplace_without_gradient_changes_nothing(kernels: Backend) -> None:
     assert torch.equal(logits, before)
 
 
+def test_inplace_takes_any_order_of_the_axes(kernels: Backend) -> None:
+    expected = inplace_loss(kernels, kernels.put(LOGITS).requires_grad_() * 1.0)
+    for axes in ((1, 0, 2), (2, 1, 0), (0, 2, 1)):
+        stored = kernels.put(LOGITS).permute(axes).contiguous().requires_grad_() * 1.0
+        got = inplace_loss(kernels, stored.permute([axes.index(i) for i in range(3)]))
+        assert torch.equal(got.loss, expected.loss)
+
+
 def test_inplace_refusals(kernels: Backend) -> None:
     logits = kernels.put(LOGITS)
     with pytest.raises(ValueError, match="leaf"):
         inplace_loss(kernels, logits.clone().requires_grad_())
     with pytest.raises(ValueError, match="share memory"):
         inplace_loss(kernels, logits[:1].clone().requires_grad_().expand(B, -1, -1))
+    for stride in ((T * V, V - 1, 1), (V, V, 1), (1, V, 1)):  # rows, sequences, columns share some of their numbers
+        overlapping = (logits.clone().requires_grad_() * 1.0).as_strided((B, T, V), stride)
+        with pytest.raises(ValueError, match="share memory"):
+            inplace_loss(kernels, overlapping)
     with pytest.raises(ValueError, match=r"inplace=True needs the Triton kernel.*torch\.float64"):
         inplace_loss(kernels, logits.double().requires_grad_() * 1.0)
     # tanh needs its output for its own gradient: autograd must notice that it is gone.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from conftest import Backend
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_accuracy import assert_as_accurate, rand
 from loss_cases import OPTION_NAMES, by_loss, loss_in_reference
@@ -46,6 +46,11 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+def kept_tokens(mask: Tensor) -> Tensor:
+    """All but what follows the last loss token of its sequence, (B, T) bool."""
+    return mask.flip(1).cumsum(1).flip(1) > 0
+
+
 @st.composite
 def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
     """Arguments of a call that is accepted, with `logits` etc.; tensors are float64 and padded."""
@@ -77,9 +82,9 @@ def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
         call |= {"rewards": rand(b, seed=seed + 6), "group_ids": torch.arange(b) % draw(st.integers(1, 3))}
     else:
         call["advantages"] = rand(*((b,) if source == "sequence" else (b, t)), seed=seed + 6)
-    call["is_packed"] = draw(st.booleans())
-    if call["is_packed"] and source == "token":  # advantages of as many packed rows as sequences are those of sequences
-        assume(int((mask.flip(1).cumsum(1) > 0).sum()) != b)
+    # Packed, B advantages for B tokens may be one per sequence or one per token: such calls are refused.
+    is_ambiguous = source != "rewards" and kept_tokens(mask).sum() == b
+    call["is_packed"] = not is_ambiguous and draw(st.booleans())
     return call
 
 

@@ -44,6 +44,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"normalizer": -1}, "normalizer=-1"),
     ({"normalizer": 0}, "normalizer=0, but this call has loss tokens"),
     ({"normalizer": torch.ones(2)}, r"normalizer has shape \(2,\)"),
+    ({"normalizer": torch.tensor(-3.0)}, r"normalizer=-3\.0: give a finite number >= 0"),
+    ({"normalizer": torch.tensor(NAN)}, "normalizer=nan"),
     ({"max_completion_length": 1.5}, "max_completion_length=1.5"),
     ({"advantages": None}, "exactly one of rewards and advantages"),
     ({"rewards": torch.zeros(B), "num_generations": 2}, "exactly one of rewards and advantages"),
@@ -63,6 +65,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"scale_rewards": "std"}, "scale_rewards='std'"),
     ({"mask": MASK.double()}, "mask has dtype torch.float64"),
+    ({"mask": 2 * MASK.long()}, "mask contains 2: give bool or 0/1 integers"),
+    ({"mask": -MASK.to(torch.int8)}, "mask contains -1"),
     ({"mask": MASK[:, :-1]}, r"mask has shape \(4, 4\): expected \(4, 5\)"),
     ({"old_logps": OLD[:, :-1]}, r"old_logps has shape \(4, 4\)"),
     ({"old_logps": TOKEN_IDS}, "old_logps has dtype torch.int64"),
@@ -104,6 +108,22 @@ def test_id_outside_the_vocabulary_is_refused_unless_masked(token: int) -> None:
     for call in calls:
         with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of {V}"):
             call()
+
+
+def test_as_many_sequences_as_rows_leave_the_meaning_of_advantages_open() -> None:
+    logits, ids = LOGITS[0, :3], TOKEN_IDS[0, :3]
+    given: dict[str, Any] = {"advantages": torch.tensor([1.0, 2.0, 3.0]), "loss_type": "grpo"}
+    with pytest.raises(ValueError, match="one per sequence or one per row"):
+        grpo_loss(logits, ids, cu_seqlens=torch.tensor([0, 2, 2, 3]), **given)
+    output = grpo_loss(logits, ids, cu_seqlens=torch.tensor([0, 1, 2, 3]), **given)  # both mean the same
+    assert output.loss.item() == pytest.approx(-2.0)
+
+
+def test_integer_masks_of_zeros_and_ones_are_masks() -> None:
+    arguments: dict[str, Any] = {"loss_type": "grpo"}
+    expected = loss_of(LOGITS, arguments).loss
+    for dtype in (torch.uint8, torch.int64):
+        assert torch.equal(loss_of(LOGITS, arguments, mask=MASK.to(dtype)).loss, expected)
 
 
 def test_unknown_keyword_is_refused() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_accuracy import rand
+from kernel_accuracy import assert_as_accurate, rand, rounding_floor
 from torch import Tensor
 
-from fastr1_kernels import reference, selective_log_softmax
+from fastr1_kernels import grpo_loss, reference, selective_log_softmax
 
 INF, NAN = float("inf"), float("nan")
 
@@ -89,20 +89,78 @@ def test_scores_are_differentiable_once(kernel_device: str) -> None:
         torch.autograd.grad(logps.sum(), logits, create_graph=True)
 
 
-@pytest.mark.parametrize(
-    ("shape", "stride"),
-    [((2, 1, 50), (2**31, 50, 1)), ((1, 2, 50), (50, 2**31, 1)), ((1, 1, 3), (1, 1, 2**30))],
-    ids=["sequence", "token", "column"],
-)
-def test_offsets_beyond_two_to_the_31(kernel_device: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [2048, 1840, 1801])  # whole blocks; aligned rows; rows without alignment
+@pytest.mark.parametrize("slope", [-9.0, 0.0, 9.0])  # the maximum falls, stays, rises from block to block
+def test_many_blocks_are_as_accurate_as_torch(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, slope: float, columns: int, dtype: torch.dtype
+) -> None:
+    from fastr1_kernels.gpu.rows import row_launch_config
+
+    config = row_launch_config(512, 16 // dtype.itemsize if columns % 8 == 0 else 1)
+    assert config["BLOCK"] == 512
+    monkeypatch.setattr("fastr1_kernels.gpu.rows.row_launch_config", lambda _, width: config | {"WIDTH": width})
+    logits = (rand(3, columns) + slope * torch.linspace(0, 1, columns)).to(dtype).to(kernel_device)
+    ids = rand_ids(3, vocabulary=columns).to(kernel_device)
+    upstream = rand(2, 3, seed=1).to(kernel_device)
+    results = []
+    for rows, function in (
+        (logits, lambda x: selective_log_softmax(x, ids, return_entropy=True)),
+        (logits, lambda x: reference.selective_log_softmax(x, ids)),
+        (logits.double(), lambda x: reference.selective_log_softmax(x, ids)),
+    ):
+        leaf = rows.detach().requires_grad_()
+        outputs = function(leaf)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaf, list(upstream.to(outputs[0].dtype)))])
+    for values in zip(*results, strict=True):
+        assert_as_accurate(*values, floor=rounding_floor(dtype, kernel_device))
+
+
+FAR = {
+    "sequence": ((2, 1, 50), (2**31, 50, 1)),
+    "token": ((1, 2, 50), (50, 2**31, 1)),
+    "column": ((1, 1, 3), (1, 1, 2**30)),
+}
+
+
+def far_view(device: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Random numbers whose offsets leave 32 bits."""
     torch.use_deterministic_algorithms(False)  # a filled buffer would really take its 4 GB; untouched it takes none
-    buffer = torch.empty(2**31 + 100, dtype=torch.bfloat16, device=kernel_device)
-    view = buffer.as_strided(shape, stride)
-    view.copy_(rand(*shape))
+    view = torch.empty(2**31 + 100, dtype=torch.bfloat16, device=device).as_strided(shape, stride)
+    return view.copy_(rand(*shape))
+
+
+@pytest.mark.parametrize(("shape", "stride"), FAR.values(), ids=FAR.keys())
+def test_offsets_beyond_two_to_the_31(kernel_device: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    view = far_view(kernel_device, shape, stride)
     ids = rand_ids(*shape[:2], vocabulary=shape[2]).to(kernel_device)
     got = selective_log_softmax(view, ids, return_entropy=True)
     expected = selective_log_softmax(view.contiguous(), ids, return_entropy=True)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("use", ["scores", "loss"])
+@pytest.mark.parametrize(("shape", "stride"), FAR.values(), ids=FAR.keys())
+def test_gradients_beyond_two_to_the_31(
+    kernel_device: str, shape: tuple[int, ...], stride: tuple[int, ...], use: str
+) -> None:
+    view = far_view(kernel_device, shape, stride)
+    ids = rand_ids(*shape[:2], vocabulary=shape[2]).to(kernel_device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[-1, -1] = shape[0] * shape[1] == 1  # zeros are written as far away
+    gradients = []
+    for logits in (view, view.contiguous()):
+        logits = logits.requires_grad_().view_as(logits)
+        if use == "scores":
+            (3 * score(logits, ids, mask, inplace=True)[0].sum()).backward()
+        else:
+            advantages = torch.ones(shape[0], device=kernel_device)
+            (
+                3 * grpo_loss(logits, ids, mask=mask, advantages=advantages, loss_type="grpo", inplace=True).loss
+            ).backward()
+        gradients.append(logits.detach().clone())
+    assert gradients[0].ne(0).any()
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.gpu

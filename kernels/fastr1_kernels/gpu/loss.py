@@ -1,22 +1,25 @@
 """The GRPO loss of logits in one launch: value, metrics and the gradient of the logits, one program per token.
 
-A program reads its row once (`score_row` of rows: maximum, log-sum, logp, entropy H), does the scalar work of
-its token (policy: f and its derivative f' by logp, kl and kl', sampler weight w), and walks the row a second
-time to write the gradient, in place if asked:
+A program of `loss_kernel` reads its row once (`row_passes.score_row`: maximum, log-sum, logp, entropy H), does the
+scalar work of its token (policy: f and its derivative f' by logp, kl and kl', sampler weight w), and walks the row a
+second time to write the gradient, in place if asked:
     loss of the token = W_b·(w·f + β·kl - c·H)    ∂/∂logp = W_b·(w·f' + β·kl')    ∂/∂H = -W_b·c
 W_b, the weight of every token of sequence b, holds the denominators (per-sequence count, normalizer, maximal length);
 it is (B,) and prepared by torch. A comes from the rewards, inside the launch: each program reduces its own group, and B
-more programs write A for the caller. The terms, losses and metrics of every token, are one (8, N) buffer, whose rows
-(`terms`) torch sums in a fixed order.
+more programs write A for the caller; where those would be many rewards, a launch before computes A. The terms, losses
+and metrics of every token, are one (8, N) buffer, whose rows (`terms`) torch sums in a fixed order.
 
 Objectives in which the tokens of a sequence depend on one another (sequence-level ratio or sampler weight, off-policy
 mask, luspo, entropy quantile) do not fit in one launch: they take `score_rows`, torch on N numbers, and its backward.
 
 With N live rows and e bytes a logit: fewest bytes 2·N·V·e (read the logits, write their gradient; a row still in the
-cache when it is read again costs nothing more), fewest FLOPs about 14·N·V, two exp2 per logit among them. A masked row
+cache when it is read again costs nothing more), fewest FLOPs about 13·N·V, two exp2 per logit among them. A masked row
 is not read, its gradient is written as zeros; so is that of a row whose token has gradient 0 (A = 0, say), after one
-reading. Never materialised: float32 logits, log-softmax, probabilities. The backward pass multiplies by the upstream
-gradient in place and stops at once where that is 1. No atomics: bit-identical from run to run.
+reading. Never materialised: float32 logits, log-softmax, probabilities. No atomics: bit-identical from run to run.
+
+The backward pass multiplies by the upstream gradient in place and stops at once where that is 1, or the grad_scale that
+the gradient was written with. float16 logits have to be given one: at 1/65,536 of its size their gradient would round
+to zeros before the factor is known (`dispatch.knows_gradient`).
 """
 
 from __future__ import annotations
@@ -25,172 +28,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import reference
 from ..checks import LossArguments
 from ..dispatch import device_of
 from ..reference import Metrics
-from .advantages import BLOCK_REWARDS, reward_advantage
-from .policy import kl_term, policy_arguments, policy_term, sampler_term
-from .rows import (
-    as_grid,
-    row_base,
-    row_launch_config,
-    scale_rows_kernel,
-    score_row,
-    write_row_gradient,
-    write_row_zeros,
-)
-from .terms import (
-    METRIC_TERMS,
-    NUM_TERMS,
-    TERM_CLIP_HIGH,
-    TERM_CLIP_LOW,
-    TERM_ENTROPY,
-    TERM_KL,
-    TERM_LOGP,
-    TERM_LOSS,
-    TERM_RATIO,
-    TERM_SAMPLER_WEIGHT,
-    store_term,
-)
+from .advantages import BLOCK_REWARDS, launch_group_advantages
+from .loss_kernel import grpo_rows_kernel
+from .policy import policy_arguments
+from .rows import as_grid, row_launch_config, row_width, scale_rows_kernel
+from .terms import METRIC_TERMS, NUM_TERMS, TERM_ENTROPY, TERM_LOGP, TERM_LOSS
 
-
-@triton.jit(do_not_specialize=["N", "T", "R", "G"])  # floats never are
-def grpo_rows_kernel(
-    logits_ptr,  # (B, T, V)
-    d_logits_ptr,  # (B, T, V) out, may be logits_ptr; None: no gradient
-    terms_ptr,  # (8, N) float32 out, zeros where masked
-    token_ids_ptr,  # (N,), as the five below
-    mask_ptr,  # uint8 or None
-    sequence_ptr,  # the sequence of each packed row, or None: row // T
-    old_ptr,  # float32 or None, as the two below
-    ref_ptr,
-    sampler_ptr,
-    weight_ptr,  # (B,) float32
-    advantages_ptr,  # (B,) or (N,) float32; (B,) out with SOURCE "rewards"
-    rewards_ptr,  # (R,) float32 or None
-    group_ids_ptr,  # (R,) or None
-    sequence_index_ptr,  # (B,) or None
-    N,
-    T,
-    V,
-    R,
-    G,
-    stride_b,
-    stride_t,
-    stride_v,
-    d_stride_b,
-    d_stride_t,
-    d_stride_v,
-    temperature,
-    beta,
-    low,
-    high,
-    delta,
-    limit,
-    sampler_floor,
-    sampler_cap,
-    tau_pos,
-    tau_neg,
-    entropy_coef,
-    eps,
-    OBJECTIVE: tl.constexpr,
-    KL: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    SOURCE: tl.constexpr,  # of the advantages: "rewards" | "sequence" | "token"
-    SCALE: tl.constexpr,
-    LEAVE_ONE_OUT: tl.constexpr,
-    HAS_BONUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    i_n = tl.program_id(0).to(tl.int64)
-    i_b = i_n - N
-    if i_n < N:
-        if mask_ptr is not None:  # `and` would load from None
-            if tl.load(mask_ptr + i_n) == 0:
-                if d_logits_ptr is not None:
-                    d_ptr = row_base(d_logits_ptr, i_n, T, d_stride_b, d_stride_t)
-                    write_row_zeros(d_ptr, d_stride_v, V, BLOCK)
-                return
-        if sequence_ptr is None:
-            i_b = i_n // T
-        else:
-            i_b = tl.load(sequence_ptr + i_n).to(tl.int64)
-
-    if SOURCE == "rewards":
-        i_r = i_b
-        if sequence_index_ptr is not None:
-            i_r = tl.load(sequence_index_ptr + i_b).to(tl.int64)
-        advantage = reward_advantage(rewards_ptr, group_ids_ptr, i_r, R, G, eps, SCALE, LEAVE_ONE_OUT, BLOCK_R)
-        if i_n >= N:  # one of the B programs that only write an advantage
-            tl.store(advantages_ptr + i_b, advantage)
-            return
-    elif SOURCE == "sequence":
-        advantage = tl.load(advantages_ptr + i_b)
-    else:
-        advantage = tl.load(advantages_ptr + i_n)
-
-    x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t)
-    token = tl.load(token_ids_ptr + i_n).to(tl.int64)
-    row_top, log2_sum, logp, entropy = score_row(x_ptr, stride_v, token, V, 1.4426950408889634 / temperature, BLOCK)
-
-    old = logp
-    if old_ptr is not None:
-        old = tl.load(old_ptr + i_n)
-    log_ratio = logp - old
-    ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -limit), limit))
-    slope = tl.where((log_ratio >= -limit) & (log_ratio <= limit), ratio, 0.0)
-    if old_ptr is None:  # exactly 1, also where logp is -inf
-        ratio, slope = 1.0, 1.0
-    loss, d_logp = policy_term(ratio, slope, advantage, logp, low, high, delta, tau_pos, tau_neg, OBJECTIVE)
-    if sampler_ptr is not None:
-        weight = sampler_term(old - tl.load(sampler_ptr + i_n), limit, sampler_floor, sampler_cap, CORRECTION)
-        loss, d_logp = loss * weight, d_logp * weight
-        store_term(terms_ptr, TERM_SAMPLER_WEIGHT, i_n, N, weight)
-    if ref_ptr is not None:
-        kl, d_kl = kl_term(tl.load(ref_ptr + i_n) - logp, limit, KL)
-        # beta = 0 must not turn an infinite kl into NaN
-        loss, d_logp = loss + tl.where(beta == 0.0, 0.0, beta * kl), d_logp + tl.where(beta == 0.0, 0.0, beta * d_kl)
-        store_term(terms_ptr, TERM_KL, i_n, N, kl)
-    # minimum and maximum drop NaN; a NaN among the logits of a live row has to show.
-    sequence_weight = tl.load(weight_ptr + i_b)
-    loss = sequence_weight * tl.where(logp == logp, loss - entropy_coef * entropy, logp)
-    d_logp = sequence_weight * tl.where(logp == logp, d_logp, logp)
-
-    store_term(terms_ptr, TERM_LOSS, i_n, N, loss)
-    store_term(terms_ptr, TERM_RATIO, i_n, N, ratio)
-    store_term(terms_ptr, TERM_CLIP_LOW, i_n, N, tl.where((ratio < low) & (advantage < 0), 1.0, 0.0))
-    store_term(terms_ptr, TERM_CLIP_HIGH, i_n, N, tl.where((ratio > high) & (advantage > 0), 1.0, 0.0))
-    store_term(terms_ptr, TERM_ENTROPY, i_n, N, entropy)
-    store_term(terms_ptr, TERM_LOGP, i_n, N, logp)
-
-    if d_logits_ptr is not None:
-        d_ptr = row_base(d_logits_ptr, i_n, T, d_stride_b, d_stride_t)
-        d_entropy = -sequence_weight * entropy_coef
-        if (d_logp != 0.0) | (d_entropy != 0.0):
-            write_row_gradient(
-                x_ptr,
-                stride_v,
-                d_ptr,
-                d_stride_v,
-                token,
-                d_logp,
-                d_entropy,
-                row_top,
-                log2_sum,
-                entropy,
-                V,
-                temperature,
-                HAS_BONUS,
-                BLOCK,
-            )
-        else:
-            write_row_zeros(d_ptr, d_stride_v, V, BLOCK)
+# A program that would read more rewards than this for its advantage finds it computed by a launch before.
+MAX_REWARDS_IN_LAUNCH = 2 * BLOCK_REWARDS
 
 
 @dataclass(frozen=True)
@@ -203,6 +54,8 @@ class _Rows:
     weights: Tensor  # (B,) float32
     advantages: Tensor | None  # (B,) or (N,) float32; None: from the rewards
     arguments: LossArguments
+    grad_scale: Tensor | None  # 0-d float32
+    compute_entropy: bool
 
     def launch(self, logits: Tensor, d_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Terms (8, N) and advantages, (B,) or as given; writes d_logits."""
@@ -225,6 +78,7 @@ class _Rows:
                     ref_ptr=_flat(o.ref_logps),
                     sampler_ptr=_flat(o.sampler_logps),
                     weight_ptr=self.weights,
+                    grad_scale_ptr=self.grad_scale,
                     advantages_ptr=advantages,
                     rewards_ptr=rewards,
                     group_ids_ptr=None if o.group_ids is None else o.group_ids.contiguous(),
@@ -245,10 +99,11 @@ class _Rows:
                     eps=float(o.options.advantage_eps),
                     SCALE=o.options.scale_rewards,
                     LEAVE_ONE_OUT=o.options.leave_one_out,
+                    HAS_ENTROPY=self.compute_entropy,
                     HAS_BONUS=o.options.entropy_coef != 0,
                     BLOCK_R=BLOCK_REWARDS,
                     **policy_arguments(o.options),
-                    **row_launch_config(logits.shape[2]),
+                    **row_launch_config(logits.shape[2], row_width(logits, gradient)),
                 )
         return terms, advantages
 
@@ -271,7 +126,7 @@ class _GRPOLoss(torch.autograd.Function):
         if d_logits is not None:
             if inplace:  # whoever kept the logits for a backward pass of their own must be told
                 torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(d_logits)
+            ctx.save_for_backward(d_logits, rows.grad_scale)
         sums = terms.sum(1)
         loss = sums[TERM_LOSS.value].clone()
         ctx.mark_non_differentiable(sums, terms, advantages)
@@ -281,19 +136,20 @@ class _GRPOLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("grpo_loss on a GPU is differentiable once: leave create_graph=True out")
-        (d_logits,) = ctx.saved_tensors
+        d_logits, grad_scale = ctx.saved_tensors
         d_logits = d_logits.detach()
         if d_logits.numel():
             with device_of(d_logits):
                 scale_rows_kernel[(d_logits.shape[0] * d_logits.shape[1],)](
                     d_logits_ptr=d_logits,
                     d_loss_ptr=d_loss.contiguous(),
+                    grad_scale_ptr=grad_scale,
                     T=d_logits.shape[1],
                     V=d_logits.shape[2],
                     stride_b=d_logits.stride(0),
                     stride_t=d_logits.stride(1),
                     stride_v=d_logits.stride(2),
-                    **row_launch_config(d_logits.shape[2]),
+                    **row_launch_config(d_logits.shape[2], row_width(d_logits)),
                 )
         # The buffer is scaled once: a second backward pass through retain_graph=True is refused by autograd.
         torch.autograd.graph.increment_version(d_logits)
@@ -307,8 +163,20 @@ def one_launch_loss(
     arguments: LossArguments,
     advantages: Tensor | None,  # (B,) or as token_ids; None: from arguments.rewards
     inplace: bool,
+    grad_scale: float | Tensor | None = None,
+    compute_entropy: bool = True,
 ) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
-    """The fields of `GRPOOutput` for checked arguments in which every token's loss depends on its own row alone."""
+    """The fields of `GRPOOutput` for checked arguments in which every token's loss depends on its own row alone.
+
+    `grad_scale` is the upstream gradient, as far as it is known: a backward pass that brings it has nothing left to do.
+    Without `compute_entropy`, and without entropy bonus, the entropy is zeros and no metric.
+    """
+    if isinstance(grad_scale, Tensor):
+        grad_scale = grad_scale.detach().float()
+    elif grad_scale is not None:
+        grad_scale = torch.full((), grad_scale, device=logits.device)
+    if advantages is None:
+        advantages = _launched_advantages(arguments)
     sequence, counts = _sequences(token_ids, mask, arguments.cu_seqlens)
     options = arguments.options
     denominator = reference.loss_denominator(counts.sum(), len(counts), options, arguments.normalizer)
@@ -322,10 +190,13 @@ def one_launch_loss(
         weights.float().contiguous(),
         _flat(advantages),
         arguments,
+        grad_scale,
+        compute_entropy or options.entropy_coef != 0,
     )
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, sums, terms, used_advantages = _GRPOLoss.apply(as_grid(logits), rows, has_gradient, inplace)
-    names = ["ratio", "entropy", *options.loss.clip_metrics]
+    names = ["ratio", *options.loss.clip_metrics]
+    names += ["entropy"] if rows.compute_entropy else []
     names += ["kl"] if arguments.ref_logps is not None else []
     names += ["sampler_weight"] if arguments.sampler_logps is not None else []
     count = counts.sum()
@@ -333,6 +204,29 @@ def one_launch_loss(
     shape = token_ids.shape
     given = used_advantages if advantages is None else used_advantages.view(advantages.shape)
     return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), given
+
+
+def _launched_advantages(arguments: LossArguments) -> Tensor | None:
+    """(B,) from many rewards, in a launch of their own; None: few enough for every token's program to read them.
+
+    A program reads its group; all rewards with group_ids or scale_rewards="batch". By arithmetic, not by a clock: two
+    blocks of rewards take some 2 % of the time of a row of 150,000 logits, a launch as long as a handful of rows.
+    """
+    assert arguments.rewards is not None
+    options, rewards = arguments.options, arguments.rewards
+    reads_all = arguments.num_generations is None or options.scale_rewards == "batch"
+    if (len(rewards) if reads_all else arguments.num_generations or 0) <= MAX_REWARDS_IN_LAUNCH:
+        return None
+    advantages = launch_group_advantages(
+        rewards,
+        num_generations=arguments.num_generations,
+        group_ids=arguments.group_ids,
+        scale_rewards=options.scale_rewards,
+        eps=options.advantage_eps,
+        leave_one_out=options.leave_one_out,
+    )
+    index = arguments.sequence_index
+    return advantages if index is None else advantages[index.long()]
 
 
 def _sequences(token_ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor]:

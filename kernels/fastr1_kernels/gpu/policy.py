@@ -46,28 +46,40 @@ def policy_arguments(options: LossOptions) -> dict[str, Any]:
 
 
 @triton.jit
+def clamp(x, low, high):
+    """min(max(x, low), high), where NaN stays NaN."""
+    return cut(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high)
+
+
+@triton.jit
+def cut(x, high):
+    """min(x, high), where NaN stays NaN."""
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def policy_term(ratio, slope, advantage, logp, low, high, delta, tau_pos, tau_neg, OBJECTIVE: tl.constexpr):
     """f and f' of the table above."""
     if OBJECTIVE == "ratio":
         return -ratio * advantage, -slope * advantage
     elif OBJECTIVE == "capped":
-        cut = tl.minimum(ratio, high)
-        return -cut * advantage * logp, -cut * advantage
+        capped = cut(ratio, high)
+        return -capped * advantage * logp, -capped * advantage
     elif OBJECTIVE == "sigmoid":
         tau = tl.where(advantage > 0, tau_pos, tau_neg)
         sigmoid = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
         return -advantage * (4.0 / tau) * sigmoid, -4.0 * advantage * sigmoid * (1.0 - sigmoid) * slope
     else:
-        unclipped = tl.minimum(ratio, delta) * advantage
-        clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
-        selected = (unclipped <= clipped) & (ratio <= delta)
-        return -tl.minimum(unclipped, clipped), tl.where(selected, -slope * advantage, 0.0)
+        unclipped = cut(ratio, delta) * advantage
+        clipped = clamp(ratio, low, high) * advantage
+        is_flat = (unclipped > clipped) | (ratio > delta)
+        return -cut(unclipped, clipped), tl.where(is_flat, 0.0, -slope * advantage)
 
 
 @triton.jit
 def k3_term(q):
     """eᵠ - q - 1; near 0 as its series, because exp(q) - q - 1 cancels in float32."""
-    small = tl.minimum(tl.maximum(q, -0.5), 0.5)
+    small = clamp(q, -0.5, 0.5)
     series = 1.0 + small / 8.0
     series = 1.0 + small / 7.0 * series
     series = 1.0 + small / 6.0 * series
@@ -81,24 +93,24 @@ def k3_term(q):
 def kl_term(q, limit, KL: tl.constexpr):
     """kl and ∂kl/∂logp for q = logp_ref - logp."""
     if KL == "k1":
-        return -q, q * 0.0 + 1.0
+        return -q, 1.0  # also for an infinite q
     elif KL == "k2":
         return q * q / 2.0, -q
     elif KL == "k3":
-        kl = k3_term(tl.minimum(tl.maximum(q, -limit), limit))
+        kl = k3_term(clamp(q, -limit, limit))
         # 1 - eᵠ without cancellation
-        return kl, tl.where((q >= -limit) & (q <= limit), -(kl + q), 0.0)
+        return kl, tl.where((q < -limit) | (q > limit), 0.0, -(kl + q))
     else:  # "k3_output": k3 is cut at 100, as the original does; above q = 20 it is larger than that
-        kl = k3_term(tl.minimum(q, 20.0))
-        return tl.minimum(kl, 100.0), tl.where((kl <= 100.0) & (q <= 20.0), -(kl + q), 0.0)
+        kl = k3_term(cut(q, 20.0))
+        return cut(kl, 100.0), tl.where((kl > 100.0) | (q > 20.0), 0.0, -(kl + q))
 
 
 @triton.jit
 def sampler_term(log_weight, limit, floor, cap, CORRECTION: tl.constexpr):
     """The weight exp(logp_old - logp_sampler) after truncation or masking."""
-    weight = tl.exp(tl.minimum(tl.maximum(log_weight, -limit), limit))
+    weight = tl.exp(clamp(log_weight, -limit, limit))
     if CORRECTION == "token_truncate":
-        return tl.minimum(weight, cap)
+        return cut(weight, cap)
     elif CORRECTION == "icepop":
         return tl.where((weight < floor) | (weight > cap), 0.0, weight)
     else:  # "token_mask"

@@ -1,29 +1,20 @@
 """Log-probability and entropy of one token per row of logits, and their gradient: the row kernels.
 
-Forward. For a row x of V logits, temperature τ, token y: k = log2(e)/τ, m = max xⱼ, dⱼ = (xⱼ - m)·k and
-    S = Σ 2^dⱼ    U = Σ 2^dⱼ·dⱼ    log pⱼ = (dⱼ - log2 S)·ln 2    H = (log2 S - U/S)·ln 2.
-The row is read once, in blocks. Every lane of 8 columns keeps its own (m, S, U), so that no thread waits for another
-within the row; if a lane's maximum rises by -c/k, then S ← 2ᶜ·S and U ← 2ᶜ·(U + c·S). At the end the lanes are
-merged in the same way. The maximum is subtracted before the factor k, which makes a shift of the logits exact.
-
-Backward. With g = ∂L/∂logp and h = ∂L/∂H of the row: ∂L/∂xⱼ = [g·(δⱼᵧ - pⱼ) - h·pⱼ·(log pⱼ + H)]/τ. m, log2 S and H are
-kept from the forward pass, 12 bytes a row; p is computed again from x. The row is walked backwards, because its end is
-what the cache still holds.
-
-Never materialised: log-softmax, p, float32 copies of the logits. With e bytes a logit and N live rows,
+One program per row. The forward pass is the first pass of `row_passes`, the backward pass the second; m, log2 S and H
+are kept between them, 12 bytes a row. Never materialised: log-softmax, p, float32 copies of the logits. With e bytes a
+logit and N live rows,
 - fewest bytes: N·V·e forward; 2·N·V·e backward (N·V·e of it the unavoidable result). A masked row is not read; its
   gradient is a written row of zeros;
-- fewest FLOPs: about 8·N·V forward and 6·N·V backward, among them one exp2 per logit each: bound by memory, though at
-  two bytes a logit the exp2 alone are a good part of the time on a GPU that computes 16 a clock and multiprocessor.
+- fewest FLOPs: about 8·N·V forward and 5·N·V backward, among them one exp2 per logit each.
 
-All sums are float32 in a fixed order without atomics: results are bit-identical from run to run. Columns past V count
-as -inf. A token id outside the row is never read; its log-probability is -inf.
-
-Sources: the online normaliser of arXiv 1805.02867; the entropy recurrence and both gradients are derived above.
+All sums are float32 in a fixed order without atomics: results are bit-identical from run to run. A kernel is compiled
+once for every dtype, set of arguments and alignment of its rows, never for a length or a float.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,97 +23,42 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import device_of
+from .row_passes import row_base, score_row, write_row_gradient, write_row_zeros
 
-LANE = 8  # columns of a lane: one 16-byte load of half-precision logits
-
-
-def row_launch_config(vocabulary: int) -> dict[str, int]:
-    """Block and warps by vocabulary alone. Not tuned on a GPU yet: 16 logits a thread, far from spilling."""
-    block = min(max(triton.next_power_of_2(vocabulary), 128), 8192)
-    return {"BLOCK": block, "num_warps": max(1, block // 512)}
+ROW_BYTES = 16  # of one load
 
 
-@triton.jit
-def row_base(pointer, i_n, T, stride_b, stride_t):
-    """Address of row i_n of a (B, T, V) tensor, in 64 bits."""
-    return pointer + (i_n // T) * stride_b + (i_n % T) * stride_t
+def row_launch_config(vocabulary: int, width: int = 1) -> dict[str, int]:
+    """Block, warps and WIDTH by vocabulary and `row_width` alone. Not tuned on a GPU yet: 16 logits a thread.
+
+    Where every logit has an address of its own, 64 registers let two programs of 512 threads share a multiprocessor.
+    """
+    block = min(max(triton.next_power_of_2(vocabulary), 512), 8192)
+    config = {"BLOCK": block, "num_warps": block // 512, "WIDTH": width}
+    return config if width > 1 else config | {"maxnreg": 64}
 
 
-@triton.jit
-def block_columns(start, BLOCK: tl.constexpr):
-    """Column numbers of a block, (BLOCK / 8, 8)."""
-    return start + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+def row_width(*rows: Tensor) -> int:
+    """Logits that one load may move: 16 bytes of them where every row of every (B, T, V) tensor starts at such."""
+    sizes = [x.element_size() for x in rows]
+    starts = [x.data_ptr() for x in rows]
+    starts += [x.stride(i) * x.element_size() for x in rows for i in (0, 1)]
+    aligned = all(x.stride(2) == 1 for x in rows) and all(start % ROW_BYTES == 0 for start in starts)
+    return ROW_BYTES // max(sizes) if aligned else 1
 
 
-@triton.jit
-def score_row(x_ptr, stride_v, token, V, scale, BLOCK: tl.constexpr):
-    """(m, log2 S, logp, H) of the row at x_ptr; `scale` is log2(e)/τ."""
-    top = tl.full((BLOCK // 8,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK // 8,), tl.float32)
-    b_moment = tl.zeros((BLOCK // 8,), tl.float32)
-    for start in range(0, V, BLOCK):
-        o_v = block_columns(start, BLOCK)
-        x = tl.load(x_ptr + o_v.to(tl.int64) * stride_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
-        new_top = tl.maximum(top, tl.max(x, 1))
-        # -inf - (-inf) would be NaN: an empty lane has nothing to rescale, a column of -inf no weight.
-        shift = tl.where(top == float("-inf"), 0.0, (top - new_top) * scale)
-        d = tl.where(x == float("-inf"), float("-inf"), (x - new_top[:, None]) * scale)
-        e = tl.exp2(d)
-        b_moment = tl.exp2(shift) * (b_moment + shift * b_sum) + tl.sum(tl.where(d == float("-inf"), 0.0, e * d), 1)
-        b_sum = tl.exp2(shift) * b_sum + tl.sum(e, 1)
-        top = new_top
-    row_top = tl.max(top, 0)
-    shift = tl.where(top == float("-inf"), 0.0, (top - row_top) * scale)
-    moment = tl.sum(tl.exp2(shift) * (b_moment + shift * b_sum), 0)
-    total = tl.sum(tl.exp2(shift) * b_sum, 0)
-    log2_sum = tl.log2(total)
-    inside = (token >= 0) & (token < V)
-    x_token = tl.load(x_ptr + token * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
-    logp = ((x_token - row_top) * scale - log2_sum) * 0.6931471805599453
-    return row_top, log2_sum, logp, (log2_sum - moment / total) * 0.6931471805599453
+def row_kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` for kernels of rows: no variants for lengths, for strides of rows, or for where a tensor starts.
+
+    Rows that start at multiples of 16 bytes are known by WIDTH. Of V, triton keeps whether 16 divides it.
+    """
+    names = list(inspect.signature(function).parameters)
+    lengths = [name for name in names if name in ("N", "T", "R", "G") or name.endswith(("stride_b", "stride_t"))]
+    starts = [name for name in names if name.endswith(("_ptr", "stride_v"))]
+    return triton.jit(do_not_specialize=lengths, do_not_specialize_on_alignment=starts)(function)
 
 
-@triton.jit
-def write_row_gradient(
-    x_ptr,
-    stride_v,
-    d_ptr,
-    d_stride_v,
-    token,
-    d_logp,
-    d_entropy,
-    row_top,
-    log2_sum,
-    entropy,
-    V,
-    temperature,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write ∂L/∂x of one row to d_ptr, which may be x_ptr: each block is read before it is written."""
-    scale = 1.4426950408889634 / temperature
-    num_blocks = tl.cdiv(V, BLOCK)
-    for i in range(0, num_blocks):
-        o_v = block_columns((num_blocks - 1 - i) * BLOCK, BLOCK)
-        m_v = o_v < V
-        x = tl.load(x_ptr + o_v.to(tl.int64) * stride_v, mask=m_v, other=float("-inf")).to(tl.float32)
-        log2_p = tl.where(x == float("-inf"), float("-inf"), (x - row_top) * scale - log2_sum)
-        p = tl.exp2(log2_p)
-        d = d_logp * (tl.where(o_v == token, 1.0, 0.0) - p)
-        if HAS_ENTROPY:
-            d -= d_entropy * tl.where(p == 0.0, 0.0, p * (log2_p * 0.6931471805599453 + entropy))
-        tl.store(d_ptr + o_v.to(tl.int64) * d_stride_v, (d / temperature).to(d_ptr.dtype.element_ty), mask=m_v)
-
-
-@triton.jit
-def write_row_zeros(d_ptr, d_stride_v, V, BLOCK: tl.constexpr):
-    for start in range(0, V, BLOCK):
-        o_v = block_columns(start, BLOCK)
-        zeros = tl.zeros((BLOCK // 8, 8), d_ptr.dtype.element_ty)
-        tl.store(d_ptr + o_v.to(tl.int64) * d_stride_v, zeros, mask=o_v < V)
-
-
-@triton.jit(do_not_specialize=["T"])
+@row_kernel
 def score_rows_kernel(
     logits_ptr,  # (B, T, V)
     token_ids_ptr,  # (N,), N = B·T
@@ -133,11 +69,13 @@ def score_rows_kernel(
     log2_sum_ptr,
     T,
     V,
-    stride_b,
-    stride_t,
+    stride_b: tl.int64,
+    stride_t: tl.int64,
     stride_v,
     temperature,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr = 1,
+    HAS_ENTROPY: tl.constexpr = True,
 ):
     i_n = tl.program_id(0).to(tl.int64)
     row_top, log2_sum, logp, entropy = 0.0, 0.0, 0.0, 0.0
@@ -145,16 +83,18 @@ def score_rows_kernel(
     if mask_ptr is not None:
         live = tl.load(mask_ptr + i_n) != 0
     if live:
-        x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t)
+        x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t, WIDTH)
         token = tl.load(token_ids_ptr + i_n).to(tl.int64)
-        row_top, log2_sum, logp, entropy = score_row(x_ptr, stride_v, token, V, 1.4426950408889634 / temperature, BLOCK)
+        row_top, log2_sum, logp, entropy, _ = score_row(
+            x_ptr, stride_v, token, V, temperature, HAS_ENTROPY, WIDTH, BLOCK
+        )
     tl.store(top_ptr + i_n, row_top)
     tl.store(log2_sum_ptr + i_n, log2_sum)
     tl.store(logps_ptr + i_n, logp)
     tl.store(entropy_ptr + i_n, entropy)
 
 
-@triton.jit(do_not_specialize=["T"])
+@row_kernel
 def gradient_rows_kernel(
     logits_ptr,  # (B, T, V)
     d_logits_ptr,  # (B, T, V) out, may be logits_ptr
@@ -167,17 +107,18 @@ def gradient_rows_kernel(
     log2_sum_ptr,  # (N,)
     T,
     V,
-    stride_b,
-    stride_t,
+    stride_b: tl.int64,
+    stride_t: tl.int64,
     stride_v,
-    d_stride_b,
-    d_stride_t,
+    d_stride_b: tl.int64,
+    d_stride_t: tl.int64,
     d_stride_v,
     temperature,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr = 1,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    d_ptr = row_base(d_logits_ptr, i_n, T, d_stride_b, d_stride_t)
+    d_ptr = row_base(d_logits_ptr, i_n, T, d_stride_b, d_stride_t, WIDTH)
     d_logp = tl.load(d_logps_ptr + i_n)
     d_entropy = 0.0
     if d_entropy_ptr is not None:
@@ -187,17 +128,21 @@ def gradient_rows_kernel(
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + i_n) != 0)
     if live:
-        x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t)
+        x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t, WIDTH)
         token = tl.load(token_ids_ptr + i_n).to(tl.int64)
         row_top = tl.load(top_ptr + i_n)
         log2_sum = tl.load(log2_sum_ptr + i_n)
         entropy = tl.load(entropy_ptr + i_n)
+        inside = (token >= 0) & (token < V)
+        x_token = tl.load(x_ptr + token * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
+        tl.debug_barrier()  # in place: no warp writes this logit before every warp has read it
         write_row_gradient(
             x_ptr,
             stride_v,
             d_ptr,
             d_stride_v,
             token,
+            x_token,
             d_logp,
             d_entropy,
             row_top,
@@ -206,20 +151,34 @@ def gradient_rows_kernel(
             V,
             temperature,
             d_entropy_ptr is not None,
+            WIDTH,
             BLOCK,
         )
     else:
         write_row_zeros(d_ptr, d_stride_v, V, BLOCK)
 
 
-@triton.jit(do_not_specialize=["T"])
-def scale_rows_kernel(d_logits_ptr, d_loss_ptr, T, V, stride_b, stride_t, stride_v, BLOCK: tl.constexpr):
-    """d_logits *= d_loss, without touching them where d_loss is 1."""
+@row_kernel
+def scale_rows_kernel(
+    d_logits_ptr,  # (B, T, V), in and out
+    d_loss_ptr,  # 0-d
+    grad_scale_ptr,  # 0-d float32: what d_logits are multiplied by already; or None, for 1
+    T,
+    V,
+    stride_b: tl.int64,
+    stride_t: tl.int64,
+    stride_v,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr = 1,
+):
+    """d_logits *= d_loss / grad_scale, without touching them where that is 1."""
     scale = tl.load(d_loss_ptr).to(tl.float32)
+    if grad_scale_ptr is not None:
+        scale = scale / tl.load(grad_scale_ptr)
     if scale != 1.0:
-        d_ptr = row_base(d_logits_ptr, tl.program_id(0).to(tl.int64), T, stride_b, stride_t)
+        d_ptr = row_base(d_logits_ptr, tl.program_id(0).to(tl.int64), T, stride_b, stride_t, WIDTH)
         for start in range(0, V, BLOCK):
-            o_v = block_columns(start, BLOCK)
+            o_v = start + tl.arange(0, BLOCK)
             b_ptr = d_ptr + o_v.to(tl.int64) * stride_v
             d = tl.load(b_ptr, mask=o_v < V).to(tl.float32)
             tl.store(b_ptr, (d * scale).to(d_ptr.dtype.element_ty), mask=o_v < V)
@@ -230,7 +189,13 @@ class _ScoreRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, inplace: bool
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        inplace: bool,
+        compute_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logps, entropy, top, log2_sum = torch.empty(4, token_ids.numel(), device=logits.device).unbind()
         if token_ids.numel():
@@ -249,11 +214,14 @@ class _ScoreRows(torch.autograd.Function):
                     stride_t=logits.stride(1),
                     stride_v=logits.stride(2),
                     temperature=temperature,
-                    **row_launch_config(logits.shape[2]),
+                    HAS_ENTROPY=compute_entropy,
+                    **row_launch_config(logits.shape[2], row_width(logits)),
                 )
         ctx.save_for_backward(logits, token_ids, mask, entropy, top, log2_sum)
         ctx.temperature, ctx.inplace = temperature, inplace
         ctx.set_materialize_grads(False)
+        if not compute_entropy:
+            ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
@@ -262,7 +230,7 @@ class _ScoreRows(torch.autograd.Function):
             raise RuntimeError("log-probabilities of a kernel are differentiable once: leave create_graph=True out")
         logits, token_ids, mask, entropy, top, log2_sum = ctx.saved_tensors
         if d_logps is None and d_entropy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         d_logps = torch.zeros_like(entropy) if d_logps is None else d_logps.contiguous()
         d_logits = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         if token_ids.numel():
@@ -286,11 +254,11 @@ class _ScoreRows(torch.autograd.Function):
                     d_stride_t=d_logits.stride(1),
                     d_stride_v=d_logits.stride(2),
                     temperature=ctx.temperature,
-                    **row_launch_config(logits.shape[2]),
+                    **row_launch_config(logits.shape[2], row_width(logits, d_logits)),
                 )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return d_logits, None, None, None, None
+        return d_logits, None, None, None, None, None
 
 
 def score_rows(
@@ -300,14 +268,16 @@ def score_rows(
     *,
     temperature: float = 1.0,
     inplace: bool = False,
+    compute_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """logps and entropy, both (N,) float32, of checked arguments; differentiable once.
 
+    Without `compute_entropy` the entropy is not summed: zeros, without gradient.
     With `inplace` the backward pass overwrites the logits with their gradient.
     """
     mask = None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
     ids = token_ids.reshape(-1).contiguous()
-    return _ScoreRows.apply(as_grid(logits), ids, mask, float(temperature), inplace)
+    return _ScoreRows.apply(as_grid(logits), ids, mask, float(temperature), inplace, compute_entropy)
 
 
 def as_grid(logits: Tensor) -> Tensor:
