@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(harness.SEED)
+    harness.machine_info()
     config.stash_start = time.monotonic()  # type: ignore[attr-defined]
 
 
@@ -87,7 +88,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if GROUPS and not session.config.getoption("--no-rows") and not session.config.getoption("benchmark_disable"):
-        harness.append_rows(list(GROUPS.values()))
+        harness.append_rows(list(GROUPS.values()), harness.machine_info())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

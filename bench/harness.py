@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +236,32 @@ def complete_rows(group: Group) -> list[dict[str, Any]]:
     return rows
 
 
-def append_rows(groups: list[Group], path: Path = RESULTS) -> None:
-    machine = machine_info()
+def append_rows(groups: list[Group], machine: dict[str, Any], path: Path = RESULTS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for group in groups:
             for row in complete_rows(group):
                 file.write(json.dumps({**machine, **row}) + "\n")
+
+
+@lru_cache(maxsize=1)
+def machine_info() -> dict[str, Any]:
+    """As it was at the first call: at the start of the run, when the code was loaded."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **commit_info(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "triton": version,
+    }
 
 
 def git(*arguments: str) -> str:
@@ -270,21 +290,3 @@ def driver() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-
-
-def machine_info() -> dict[str, Any]:
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = None
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **commit_info(),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "driver": driver(),
-        "torch": torch.__version__,
-        "triton": version,
-    }
