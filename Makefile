@@ -39,6 +39,7 @@ $(PEERS): $(READY)
 	@touch $@
 
 bench: $(PEERS)  ## the losses against other libraries, 3 minutes on 2 cores; rows into bench/results, table into the README
+	$(BIN)/python -m pytest tests/losses/test_compat_*.py
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/python bench/report.py
 

@@ -6,6 +6,7 @@ D and V are those of the language models that the video models are built on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def cases_of(op: str, full: bool) -> list[Case]:
     if not torch.cuda.is_available():
         case = Case(op=op, head=CPU_HEAD, rows=1024, dtype="float32")
         return [case, Case(op=op, head=CPU_HEAD, rows=1024, dtype="float32", frozen=True)] if op == LINEAR else [case]
-    main = {"op": op, "head": MAIN_HEAD, "dtype": "bfloat16"}
+    main: dict[str, Any] = {"op": op, "head": MAIN_HEAD, "dtype": "bfloat16"}
     if not full:
         return [Case(rows=2048, **main)] if op != LINEAR else [Case(rows=2048, **main, frozen=f) for f in (False, True)]
     rows = (2048, 8192, 32_768)

@@ -103,3 +103,15 @@ def test_targets_are_those_of_one_case_on_one_device() -> None:
     assert shapes.target_ms(shapes.Case(**main, frozen=True), "NVIDIA H200") == 14.2
     for device, changes in (("NVIDIA H100", {}), ("NVIDIA H200", {"rows": 2048}), ("NVIDIA H200", {"dead": 0.4})):
         assert shapes.target_ms(shapes.Case(**(main | changes)), device) is None
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_cases_are_distinct(monkeypatch: pytest.MonkeyPatch, has_gpu: bool, full: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    operations = ("group_advantages", "grpo_loss", shapes.LINEAR, "selective_log_softmax", "linear_logps")
+    cases = [case for op in operations for case in shapes.cases_of(op, full)]
+    assert len({case.label for case in cases}) == len(cases) >= len(operations)
+    assert all(case.rows % problems.SEQUENCES == 0 for case in cases)
+    if has_gpu and full:
+        assert {shapes.target_ms(case, "NVIDIA H200") for case in cases} == {None, *shapes.TARGETS_MS.values()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Backend
 from torch import Tensor
 
 from fastr1_kernels.compat import liger as ours
@@ -125,6 +126,24 @@ def test_loss_of_logits_agrees(loss_type: str, beta: float) -> None:
         summed = per_token.sum() / MASK.sum()
         torch.testing.assert_close(summed, loss, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(torch.autograd.grad(summed, logits)[0], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_loss_of_logits_on_kernels(kernels: Backend, inplace: bool) -> None:
+    """`inplace` changes no number: where the kernels run the gradient takes the place of logits that are no leaf."""
+    arguments = [x.to(kernels.device) for x in (OLD, REF, IDS, ADVANTAGES, MASK.long())]
+    leaf = torch.cat([HIDDEN @ WEIGHT.T, rand(B, 1, V, seed=8)], 1).to(kernels.device).requires_grad_()
+    logits = leaf * 1
+    loss, metrics = ours.triton_grpo_loss(logits, *arguments, inplace=inplace, reduce=True, vllm_is_ratio=None)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    head = ours.LigerFusedLinearGRPOLoss(temperature=0.9, epsilon_high=0.4)
+    hidden = leaf[:, :-1].detach().cpu().requires_grad_()
+    logps = {"ref_per_token_logps": REF, "old_per_token_logps": OLD}
+    expected, expected_metrics = head(hidden, torch.eye(V), IDS, MASK.long(), ADVANTAGES, **logps)
+    kernels.assert_close(loss, expected)
+    kernels.assert_close(torch.stack(metrics), torch.stack(expected_metrics))
+    torch.testing.assert_close(gradient[:, :-1].cpu(), torch.autograd.grad(expected, hidden)[0], rtol=1e-4, atol=1e-6)
+    assert torch.equal(logits.detach(), leaf.detach()) == (not inplace)
 
 
 def test_log_probabilities_are_masked_and_of_the_last_tokens() -> None:
