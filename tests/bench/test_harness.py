@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+# The benches are no package. At the end of the path: a conftest is there too.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 harness = pytest.importorskip("harness", reason="bench/ is not there")
 shapes = pytest.importorskip("shapes")
 problems = pytest.importorskip("problems")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# The benches are no package. At the end of the path: a conftest is there too.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 report = pytest.importorskip("report", reason="bench/ is not there")
 
 

@@ -60,10 +60,18 @@ def test_masked_rows_agree(utils: Any) -> None:
     for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
         got, expected = (getattr(m, name)(LOGITS, INDEX, temperature=0.8, row_mask=ROWS) for m in (ours, utils))
         torch.testing.assert_close(got, expected)
-    ids = torch.where(ROWS.bool(), INDEX, -100)  # ids of masked rows may be anything
-    torch.testing.assert_close(
-        ours.selective_log_softmax(LOGITS, ids, row_mask=ROWS), ours.selective_log_softmax(LOGITS, INDEX, 1.0, ROWS)
-    )
+
+
+def test_masked_rows_are_zero_whatever_their_ids() -> None:
+    expected = torch.where(ROWS.bool(), ours.selective_log_softmax(LOGITS, INDEX), 0.0)
+    ids = torch.where(ROWS.bool(), INDEX, -100)
+    assert torch.equal(ours.selective_log_softmax(LOGITS, ids, row_mask=ROWS), expected)
+    several = torch.where(ROWS.bool()[..., None], TOP, -100)
+    masked = ours.selective_log_softmax(LOGITS, several, row_mask=ROWS)
+    assert torch.equal(masked, torch.where(ROWS.bool()[..., None], ours.selective_log_softmax(LOGITS, TOP), 0.0))
+    logps, entropy = ours.selective_log_softmax_and_entropy(LOGITS, ids, row_mask=ROWS)
+    assert torch.equal(logps, expected)
+    assert torch.equal(entropy != 0, ROWS.bool())
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 128])
