@@ -2,15 +2,16 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 OUTPUT ?= runs/demo
 SEED ?= 0
 
 # Several torch processes on few cores: idle threads must sleep, not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Shapes in the tests are tiny: more threads make them slower.
-test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow mutants: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo demo-base readme test test-slow test-gpu lint format format-check typecheck check clean
+.PHONY: help demo demo-base readme test test-slow test-gpu bench bench-gpu mutants lint format format-check typecheck check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,23 @@ test-slow: $(READY)  ## CPU tests that take minutes
 test-gpu: $(READY)  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+$(PEERS): $(READY)
+	@# The libraries that the benches compare with; without them their rows say so.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[bench]'
+	@touch $@
+
+bench: $(PEERS)  ## the losses against other libraries, 3 minutes on 2 cores; rows into bench/results, table into the README
+	$(BIN)/python -m pytest tests/losses/test_compat_*.py
+	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python bench/report.py
+
+bench-gpu: $(PEERS)  ## the same with the shapes of a large GPU: cold and warm cache, dead rows, first calls, targets
+	$(BIN)/python -m pytest bench --benchmark-only --full
+	$(BIN)/python bench/report.py
+
+mutants: $(READY)  ## does a wrong sign, mask or scale in the losses turn their tests red? about 10 minutes
+	$(BIN)/python scripts/mutants.py
+
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 
@@ -54,4 +72,4 @@ check:  ## exactly what continuous integration runs: lint, layout, types, tests
 
 clean:  ## remove caches; keeps .venv and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis build *.egg-info
-	find fastr1 kernels tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastr1 kernels tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} +

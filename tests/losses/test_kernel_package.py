@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -16,6 +17,7 @@ from fastr1_kernels import LossOptions, grpo_loss, linear_grpo_loss
 
 PACKAGE = Path(fastr1_kernels.__file__).parent
 README = (PACKAGE / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 BLOCK = (
     "import sys\nfor name in ('transformers', 'deepspeed', 'fastr1', 'liger_kernel'):\n    sys.modules[name] = None\n"
 )
@@ -28,9 +30,26 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_readme_snippet_runs_without_the_trainer_and_its_dependencies() -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    snippet = SNIPPETS[0]
     assert run_python(BLOCK + "import transformers").returncode != 0  # the block blocks
     result = run_python(BLOCK + snippet)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("library", ["liger", "trl", "verl"])
+def test_readme_snippets_of_other_signatures_run(library: str) -> None:
+    snippets = [snippet for snippet in SNIPPETS[1:] if f"fastr1_kernels.compat.{library} " in snippet]
+    assert snippets
+    needs_trl = [snippet for snippet in snippets if "patch_trl()" in snippet]
+    if importlib.util.find_spec("trl") is None:
+        snippets = [snippet for snippet in snippets if snippet not in needs_trl]
+    else:  # with TRL its own dependencies
+        assert run_python("\n".join([SNIPPETS[0], *needs_trl])).returncode == 0
+    # Without the libraries themselves; `advantages` are made in Liger's snippet.
+    blocked = BLOCK.replace("'liger_kernel'", "'liger_kernel', 'trl', 'verl'")
+    advantages = "advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0])"
+    code = [blocked, SNIPPETS[0], advantages, *(snippet for snippet in snippets if snippet not in needs_trl)]
+    result = run_python("\n".join(code))
     assert result.returncode == 0, result.stderr
 
 

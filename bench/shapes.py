@@ -1,0 +1,90 @@
+"""What is measured: heads of video language models, cases of each operation, and the targets, as data.
+
+D and V are those of the language models that the video models are built on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HEADS = {  # name → (D, V)
+    "Qwen2.5-0.5B cut to 32,768": (896, 32_768),
+    "Qwen2.5-0.5B": (896, 151_936),  # InternVL3-1B, LLaVA-OneVision-0.5B
+    "Qwen2-VL-2B": (1536, 151_936),
+    "TinyLLaVA-Video-R1": (2048, 151_936),  # Qwen2.5-3B
+    "Qwen2.5-VL-7B": (3584, 152_064),
+}
+CPU_HEAD, MAIN_HEAD = "Qwen2.5-0.5B cut to 32,768", "TinyLLaVA-Video-R1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    op: str
+    head: str
+    rows: int
+    dtype: str
+    dead: float = 0.0  # share of rows with mask 0
+    cold: bool = False  # other memory is written between the calls, so that the L2 cache holds nothing of the inputs
+    frozen: bool = False  # the head's weight needs no gradient
+
+    @property
+    def width(self) -> int:
+        return HEADS[self.head][0]
+
+    @property
+    def vocabulary(self) -> int:
+        return HEADS[self.head][1]
+
+    @property
+    def label(self) -> str:
+        more = [f"{self.dead:.0%} dead"] * bool(self.dead) + ["cold L2"] * self.cold + ["frozen head"] * self.frozen
+        return ", ".join([self.op, self.head, f"{self.rows:,} rows", self.dtype, *more])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def cases_of(op: str, full: bool) -> list[Case]:
+    """The cases of an operation on the device there is; `full` for all of them on a GPU."""
+    if not torch.cuda.is_available():
+        case = Case(op=op, head=CPU_HEAD, rows=1024, dtype="float32")
+        return [case, Case(op=op, head=CPU_HEAD, rows=1024, dtype="float32", frozen=True)] if op == LINEAR else [case]
+    main: dict[str, Any] = {"op": op, "head": MAIN_HEAD, "dtype": "bfloat16"}
+    if not full:
+        return [Case(rows=2048, **main)] if op != LINEAR else [Case(rows=2048, **main, frozen=f) for f in (False, True)]
+    rows = (2048, 8192, 32_768)
+    if op == "group_advantages":
+        return [Case(rows=n, **main) for n in (64, 512, 8192)]
+    if op == LINEAR:
+        heads = [head for head in HEADS if head != CPU_HEAD]
+        cases = [Case(**{**main, "head": head}, rows=n) for head in heads for n in rows]
+        cases += [Case(rows=n, frozen=True, **main) for n in rows]
+        return cases + [Case(rows=8192, dead=0.4, frozen=f, **main) for f in (False, True)]
+    if op == "linear_logps":
+        return [Case(rows=n, **main) for n in rows]
+    dead = (0.0, 0.4) if op == "grpo_loss" else (0.0,)
+    return [Case(rows=n, cold=cold, dead=d, **main) for n in rows for d in dead for cold in (False, True)]
+
+
+LINEAR = "linear_grpo_loss"
+
+# Milliseconds on one H200 at 8,192 rows of MAIN_HEAD in bfloat16, warm and without dead rows: (op, frozen) → limit.
+TARGETS_MS = {
+    ("grpo_loss", False): 1.3,
+    ("selective_log_softmax", False): 0.65,
+    (LINEAR, False): 22.0,
+    (LINEAR, True): 14.2,
+    ("linear_logps", False): 7.1,
+}
+FIRST_CALL_TARGET = 1.3  # first call over steady calls, with a warm compilation cache
+
+
+def target_ms(case: Case, device: str) -> float | None:
+    main = case.rows == 8192 and case.head == MAIN_HEAD and case.dtype == "bfloat16"
+    if "H200" not in device or not main or case.dead or case.cold:
+        return None
+    return TARGETS_MS.get((case.op, case.frozen))
