@@ -89,7 +89,7 @@ def test_tokens_of_advantage_zero(arguments: dict[str, Any]) -> None:
     grads = []
     for linear in (True, False):
         hidden, weight = rand(B, T, D).requires_grad_(), rand(V, D, seed=1).requires_grad_()
-        common = {"mask": MASK, "advantages": advantages} | arguments
+        common = {"mask": MASK, "advantages": advantages} | arguments | {"beta": 0.0, "entropy_coef": 0.0}
         rows = (hidden, weight) if linear else (hidden @ weight.T,)
         more = {"chunk_size": 6} if linear else {}
         loss = (linear_grpo_loss if linear else grpo_loss)(*rows, TOKEN_IDS, **more, **common).loss

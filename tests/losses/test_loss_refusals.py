@@ -46,6 +46,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"normalizer": torch.ones(2)}, r"normalizer has shape \(2,\)"),
     ({"normalizer": torch.tensor(-3.0)}, r"normalizer=-3\.0: give a finite number >= 0"),
     ({"normalizer": torch.tensor(NAN)}, "normalizer=nan"),
+    ({"mask": MASK * 2}, "mask contains 2: give bool or 0/1 integers"),
+    ({"mask": -MASK.int()}, "mask contains -1: give bool"),
     ({"max_completion_length": 1.5}, "max_completion_length=1.5"),
     ({"advantages": None}, "exactly one of rewards and advantages"),
     ({"rewards": torch.zeros(B), "num_generations": 2}, "exactly one of rewards and advantages"),

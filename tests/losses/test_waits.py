@@ -60,6 +60,17 @@ def test_masked_rows_reach_nothing_without_reading_the_mask(arguments: dict[str,
     assert gradient[~MASK].eq(0).all()
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_tensors_that_are_checked_by_value_are_not_read(linear: bool) -> None:
+    given = {"loss_type": "grpo", "mask": MASK.int(), "normalizer": torch.tensor(4), "sequence_index": torch.arange(B)}
+    with WaitCounter() as counter:
+        loss_and_gradient(linear, given, is_packed=False, check_values=False)
+    assert counter.seen == []
+    with WaitCounter() as counter:
+        loss_and_gradient(linear, given, is_packed=False)
+    assert len(counter.seen) >= 5  # mask, normalizer, index, rewards, ids
+
+
 LOGITS, IDS = rand(3, V), TOKEN_IDS[0, :3]
 CALLS: dict[str, Callable[..., Tensor]] = {
     "selective_log_softmax": lambda **o: selective_log_softmax(LOGITS.clone().requires_grad_(), IDS, **o),
