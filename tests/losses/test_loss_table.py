@@ -60,7 +60,7 @@ def test_no_loss_is_named_outside_the_table() -> None:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text()
-        if path.name == "options.py":
+        if path.name == "options.py" or path.parent.name == "compat":  # which translates the names of others
             continue
         found += [
             f"{path.name}: {line.strip()}"
