@@ -46,6 +46,8 @@ class GRPOTrainer:
         self.timer = run.timer
         self.scorer = build_scorer(run.config.reward)
         self.loss_options = loss_options(self.grpo)
+        # Ids and masks come from the rollout and are right; looking at their values would wait for a GPU.
+        self.waits_cost = self.distributed.device.type != "cpu"
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
         # All of them now: a prompt that is too long is an error before the first update, not hours into the run.
         instruction = run.config.data.instruction
@@ -132,11 +134,11 @@ class GRPOTrainer:
     @torch.no_grad()
     def _compute_ref_logps(self, batch: Batch) -> torch.Tensor:
         """Log-probabilities (B·G, T) of the completions under the frozen initial model."""
-        rows = []
+        rows, temperature = [], self.grpo.temperature
         for prompts, completions in self._micro_batches(batch):
             logits = self._forward(self.reference, batch, prompts, completions, share_prefix=True)
             ids = batch.rollout.completion_ids[completions]
-            rows.append(selective_log_softmax(logits, ids, temperature=self.grpo.temperature))
+            rows.append(selective_log_softmax(logits, ids, temperature=temperature, check_values=not self.waits_cost))
         return torch.cat(rows)
 
     def _accumulate_gradients(self, batch: Batch) -> TokenSums:
@@ -176,6 +178,7 @@ class GRPOTrainer:
             advantages=batch.advantages[completions],
             ref_logps=None if batch.ref_logps is None else batch.ref_logps[completions],
             normalizer=normalizer,
+            check_values=not self.waits_cost,
             options=self.loss_options,
         )
 
