@@ -11,6 +11,7 @@ from kernel_accuracy import rand
 from loss_cases import by_case
 
 from fastr1_kernels import GRPOOutput, linear_grpo_loss, linear_logps
+from fastr1_kernels.chunk import BLOCK_ELEMENTS
 
 B, T, V, D = 4, 6, 41, 37  # 24 rows; no other size is 37 or 41
 MASK = torch.arange(T) < torch.tensor([6, 2, 5, 3])[:, None]  # 16 of 24
@@ -90,8 +91,8 @@ def test_low_rank_weights_add_no_product_with_the_head() -> None:
     assert sum(n for n in counter.rows if n != 3) == 2 * SIGNAL + 2
 
 
-C, WIDE, ROWS, SIZE = 64, 8192, 256, 32
-SCRATCH = 2**20  # bytes: 2**18 float32
+C, WIDE, ROWS, SIZE = 64, 32_768, 256, 32
+SCRATCH = 4 * min(BLOCK_ELEMENTS, C * WIDE)  # bytes
 
 
 @pytest.mark.parametrize("bits", [16, 32])
