@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_advantage_options, check_groups
-from .dispatch import rewards_use_triton
+from .dispatch import may_read_values, rewards_use_triton
 
 
 def group_advantages(
@@ -32,8 +32,8 @@ def group_advantages(
         leave_one_out: the baseline is the mean of the other completions of the group.
         noise_std: adds N(0, noise_std²), drawn with `generator`, to every advantage; so a group of equal rewards gets
             noise alone.
-        check_values: False leaves out the check for infinite rewards, which waits for the device. Without it, and with
-            `num_generations`, nothing here waits.
+        check_values: False leaves out the check for infinite rewards, which waits for the device; nothing else here
+            does. Inside `torch.compile` it is left out always.
 
     Returns:
         (B,) float32 (float64 for float64 rewards), detached. Before noise it is exactly 0 in a group whose rewards are
@@ -45,7 +45,7 @@ def group_advantages(
 
     Source: arXiv 2402.03300 §4.1.2 (group mean and deviation); arXiv 2503.20783 (scale_rewards="none").
     """
-    check_groups(rewards, num_generations, group_ids, check_values)
+    check_groups(rewards, num_generations, group_ids, may_read_values(check_values))
     check_advantage_options(scale_rewards, eps, noise_std)
     return dispatch_group_advantages(
         rewards,
@@ -71,29 +71,10 @@ def dispatch_group_advantages(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`group_advantages` of checked arguments."""
+    scale = {"scale_rewards": scale_rewards, "eps": eps, "leave_one_out": leave_one_out}
     if rewards_use_triton(rewards) and not noise_std:
-        from .gpu.advantages import launch_group_advantages  # triton exists on Linux only
+        from .gpu.advantages import group_advantages_op  # triton exists on Linux only
 
-        return launch_group_advantages(
-            rewards,
-            num_generations=num_generations,
-            group_ids=group_ids,
-            scale_rewards=scale_rewards,
-            eps=eps,
-            leave_one_out=leave_one_out,
-        )
-    num_groups = None
-    if group_ids is None:
-        assert num_generations is not None
-        group_ids = torch.arange(len(rewards), device=rewards.device) // num_generations
-        num_groups = len(rewards) // num_generations
-    return reference.group_advantages(
-        rewards,
-        group_ids,
-        num_groups=num_groups,
-        scale_rewards=scale_rewards,
-        eps=eps,
-        leave_one_out=leave_one_out,
-        noise_std=noise_std,
-        generator=generator,
-    )
+        return group_advantages_op(rewards.detach(), num_generations, group_ids, **scale)
+    noise = {"noise_std": noise_std, "generator": generator}
+    return reference.group_advantages(rewards, num_generations, group_ids=group_ids, **scale, **noise)  # type: ignore[arg-type]

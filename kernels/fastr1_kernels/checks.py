@@ -37,25 +37,31 @@ class LossArguments:
 def check_shape(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}: give a tensor")
-    require(tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}: expected {shape}")
-    require(x.device == device, f"{name} is on {x.device}: move it to {device}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}: move it to {device}")
 
 
 def check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     check_shape(name, x, shape, device)
     ok = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
-    require(ok, f"{name} has dtype {x.dtype}: give integers")
+    if not ok:
+        raise ValueError(f"{name} has dtype {x.dtype}: give integers")
 
 
 def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     check_shape(name, x, shape, device)
-    require(x.is_floating_point(), f"{name} has dtype {x.dtype}: give floating point")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}: give floating point")
 
 
 def check_rows(name: str, rows: Tensor, token_ids: Tensor) -> None:
     """`rows` (..., n) floating point beside `token_ids` (...)."""
-    require(isinstance(rows, Tensor) and rows.is_floating_point(), f"{name}: give a floating-point tensor")
-    require(rows.dim() >= 1 and rows.shape[-1] >= 1, f"{name} has shape {tuple(rows.shape)}: the last axis is empty")
+    if not (isinstance(rows, Tensor) and rows.is_floating_point()):
+        raise ValueError(f"{name}: give a floating-point tensor")
+    if rows.dim() == 0 or rows.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}: the last axis is empty")
     check_integers("token_ids", token_ids, tuple(rows.shape[:-1]), rows.device)
 
 
@@ -78,19 +84,22 @@ def check_head(hidden: Tensor, head: HeadTensors, options: HeadOptions, chunk_si
     for name, shape in shapes.items():
         if (x := getattr(head, name)) is not None:
             check_floats(name, x, shape, hidden.device)
-            require(x.dtype == hidden.dtype, f"{name} is {x.dtype} and hidden {hidden.dtype}: cast one to the other")
+            if x.dtype != hidden.dtype:
+                raise ValueError(f"{name} is {x.dtype} and hidden {hidden.dtype}: cast one to the other")
     if options.softcap is not None:
         check_number("softcap", options.softcap, above=0)
     check_number("logit_scale", options.logit_scale)
     check_number("lora_scale", options.lora_scale)
     dtypes = (None, hidden.dtype) if hidden.dtype == torch.float64 else (None, hidden.dtype, torch.float32)
     received = options.logits_dtype
-    require(received in dtypes, f"logits_dtype={received} for {hidden.dtype}: give torch.float32, or leave it out")
+    if received not in dtypes:
+        raise ValueError(f"logits_dtype={received} for {hidden.dtype}: give torch.float32, or leave it out")
     if options.top_k is not None:
         check_count("top_k", options.top_k)
     if options.top_p is not None:
         check_number("top_p", options.top_p, above=0)
-        require(options.top_p <= 1, f"top_p={options.top_p}: give a probability, at most 1")
+        if options.top_p > 1:
+            raise ValueError(f"top_p={options.top_p}: give a probability, at most 1")
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
 
@@ -106,7 +115,8 @@ def check_temperatures(temperature: Tensor, token_ids: Tensor, mask: Tensor | No
 
 def _check_normalizer(normalizer: float | Tensor | None, check_values: bool) -> None:
     if isinstance(normalizer, Tensor):
-        require(normalizer.dim() == 0, f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: give a 0-d tensor or a number")
         if check_values and not normalizer >= 0:
             raise ValueError(f"normalizer={normalizer.item()}: give a finite number >= 0")
     elif normalizer is not None:
@@ -115,7 +125,8 @@ def _check_normalizer(normalizer: float | Tensor | None, check_values: bool) -> 
 
 def check_grad_scale(grad_scale: float | Tensor | None) -> None:
     if isinstance(grad_scale, Tensor):
-        require(grad_scale.dim() == 0, f"grad_scale has shape {tuple(grad_scale.shape)}: give a 0-d tensor or a number")
+        if grad_scale.dim() != 0:
+            raise ValueError(f"grad_scale has shape {tuple(grad_scale.shape)}: give a 0-d tensor or a number")
     elif grad_scale is not None:
         check_number("grad_scale", grad_scale, above=0)
 
@@ -127,11 +138,14 @@ def check_advantage_options(scale_rewards: str, eps: float, noise_std: float = 0
 
 
 def _check_rewards(rewards: Tensor, check_values: bool) -> None:
-    require(isinstance(rewards, Tensor), f"rewards is a {type(rewards).__name__}: give a tensor")
+    if not isinstance(rewards, Tensor):
+        raise ValueError(f"rewards is a {type(rewards).__name__}: give a tensor")
     ok = rewards.dim() == 1 and len(rewards) > 0 and not rewards.is_complex()
-    require(ok, f"rewards has shape {tuple(rewards.shape)} and dtype {rewards.dtype}: give (B,) real numbers, B >= 1")
-    infinite = rewards.isinf()
-    if check_values and infinite.any():
+    if not ok:
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)} and dtype {rewards.dtype}: give (B,) real numbers, B >= 1"
+        )
+    if check_values and (infinite := rewards.isinf()).any():
         position = int(infinite.nonzero()[0, 0])
         value = rewards[position].item()
         raise ValueError(f"reward {position} is {value}: give a finite number, or NaN for a completion without score")
@@ -148,19 +162,18 @@ def check_groups(
         check_integers("group_ids", group_ids, (len(rewards),), rewards.device)
     if num_generations is not None:
         check_count("num_generations", num_generations)
-        whole = len(rewards) % num_generations == 0
-        require(
-            whole, f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
-        )
+        if len(rewards) % num_generations != 0:
+            raise ValueError(
+                f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}: use group_ids"
+            )
 
 
-def check_inplace(logits: Tensor, has_kernel: bool) -> None:
+def check_inplace(logits: Tensor) -> None:
     """Refuse logits whose gradient cannot take their place."""
-    where = f"{logits.dtype} on {logits.device.type}"
-    require(has_kernel, f"inplace=True needs the Triton kernel, which does not run for {where}: leave it out")
     is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
     require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
-    require(not _overlaps(logits), f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
+    if _overlaps(logits):
+        raise ValueError(f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -177,9 +190,11 @@ def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None, check_values: boo
     """The number of sequences B of padded token_ids (B, T), or of packed token_ids (N,) with cu_seqlens."""
     shape = tuple(token_ids.shape)
     if token_ids.dim() == 2:
-        require(cu_seqlens is None, f"cu_seqlens is for packed token_ids (N,): token_ids has shape {shape}")
+        if cu_seqlens is not None:
+            raise ValueError(f"cu_seqlens is for packed token_ids (N,): token_ids has shape {shape}")
         return shape[0]
-    require(token_ids.dim() == 1, f"token_ids has shape {shape}: give (B, T), or (N,) with cu_seqlens")
+    if token_ids.dim() != 1:
+        raise ValueError(f"token_ids has shape {shape}: give (B, T), or (N,) with cu_seqlens")
     if cu_seqlens is None:
         raise ValueError(f"packed token_ids {shape} need cu_seqlens, the (B + 1,) boundaries of the sequences")
     check_integers("cu_seqlens", cu_seqlens, (cu_seqlens.numel(),), token_ids.device)
@@ -188,7 +203,8 @@ def check_layout(token_ids: Tensor, cu_seqlens: Tensor | None, check_values: boo
         return cu_seqlens.numel() - 1
     bounds = cu_seqlens.tolist()
     ok = bool(bounds) and bounds[0] == 0 and bounds[-1] == shape[0] and bounds == sorted(bounds)
-    require(ok, f"cu_seqlens={bounds}: boundaries must rise from 0 to the {shape[0]} rows of token_ids")
+    if not ok:
+        raise ValueError(f"cu_seqlens={bounds}: boundaries must rise from 0 to the {shape[0]} rows of token_ids")
     return len(bounds) - 1
 
 
@@ -197,7 +213,8 @@ def check_mask(mask: Tensor | None, token_ids: Tensor, check_values: bool = True
     if mask is None:
         return torch.ones_like(token_ids, dtype=torch.bool)
     check_shape("mask", mask, tuple(token_ids.shape), token_ids.device)
-    require(not mask.is_floating_point(), f"mask has dtype {mask.dtype}: give bool or 0/1 integers")
+    if mask.is_floating_point():
+        raise ValueError(f"mask has dtype {mask.dtype}: give bool or 0/1 integers")
     if mask.dtype != torch.bool and check_values:
         bad = (mask != 0) & (mask != 1)
         if bad.any():
@@ -231,13 +248,15 @@ def _check_advantage_source(arguments: LossArguments, token_ids: Tensor, num_seq
     require((rewards is None) != (advantages is None), "give exactly one of rewards and advantages")
     if advantages is not None:
         for name in ("num_generations", "group_ids", "sequence_index"):
-            require(getattr(arguments, name) is None, f"{name} describes rewards: leave it out with advantages")
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"{name} describes rewards: leave it out with advantages")
         per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (num_sequences,)
         bounds = arguments.cu_seqlens
         if bounds is not None and per_sequence and num_sequences == len(token_ids):
             message = "one per sequence or one per row? Lay the call out as (B, T)"
             is_same = arguments.check_values and bool((bounds.diff() == 1).all())
-            require(is_same, f"advantages {tuple(advantages.shape)} with as many sequences as rows: {message}")
+            if not is_same:
+                raise ValueError(f"advantages {tuple(advantages.shape)} with as many sequences as rows: {message}")
         shape = (num_sequences,) if per_sequence else tuple(token_ids.shape)
         check_floats("advantages", advantages, shape, token_ids.device)
         return

@@ -20,8 +20,8 @@ from torch import Tensor
 from . import reference
 from .dispatch import uses_triton
 from .head import HeadOptions, HeadTensors, multiply_into, sum_dtype
-
-BLOCK_ELEMENTS = 2**20  # logits worked on at a time on a CPU: 4 MiB of float32
+from .rows import as_grid, compute_scores, write_gradient
+from .torch_rows import BLOCK_ELEMENTS
 
 
 def make_chunk(
@@ -35,7 +35,9 @@ def make_chunk(
 
 
 class Chunk:
-    """Up to `rows` rows of logits: `score` them, then perhaps `gradient`."""
+    """Up to `rows` rows of logits: `score` or `restore` them, then perhaps `gradient`."""
+
+    state: Tensor  # (2, C), of the rows scored last
 
     def __init__(self, hidden: Tensor, head: HeadTensors, options: HeadOptions, rows: int) -> None:
         self.head, self.options = head, options
@@ -57,7 +59,14 @@ class Chunk:
         return product if product.dtype == self.wide.dtype else self.wide[:rows].copy_(product)
 
     def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-        """logps and entropy (C,) of rows (C, D); `temperature` is (C,), or None for that of the options."""
+        """logps and entropy (C,) of rows (C, D); `temperature` is (C,), or None for that of the options. What the
+        gradient needs beside them is in `state`, (2, C)."""
+        raise NotImplementedError
+
+    def restore(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None, entropy: Tensor, state: Tensor
+    ) -> None:
+        """What `score` leaves behind for `gradient`, from its results: the product once more, and no sums."""
         raise NotImplementedError
 
     def gradient(self, d_logps: Tensor, d_entropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -81,7 +90,8 @@ class TorchChunk(Chunk):
         x = self.multiply(hidden)
         self.token_ids = token_ids[:, None]
         self.temperature = None if temperature is None else temperature.to(x.dtype)[:, None]
-        self.top, self.total, logps, entropy = torch.empty(4, len(x), 1, dtype=x.dtype, device=x.device).unbind()
+        self.state, (logps, entropy) = torch.empty(2, 2, len(x), 1, dtype=x.dtype, device=x.device).unbind()
+        self.top, self.total = self.state
         for rows in self._blocks(len(x)):
             self._shape(x[rows], rows)
             token = x[rows].gather(1, self.token_ids[rows])
@@ -94,8 +104,19 @@ class TorchChunk(Chunk):
             log_total = self.total[rows].log()
             logps[rows] = token - self.top[rows] - log_total
             entropy[rows] = log_total - moment / self.total[rows]
-        self.entropy = entropy
+        self.entropy, self.state = entropy, self.state.squeeze(2)
         return logps.squeeze(1), entropy.squeeze(1)
+
+    def restore(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None, entropy: Tensor, state: Tensor
+    ) -> None:
+        x = self.multiply(hidden)
+        self.token_ids, self.entropy = token_ids[:, None], entropy[:, None]
+        self.top, self.total = state[..., None]
+        self.temperature = None if temperature is None else temperature.to(x.dtype)[:, None]
+        for rows in self._blocks(len(x)):
+            self._shape(x[rows], rows)
+            x[rows].sub_(self.top[rows]).exp_()
 
     def gradient(self, d_logps: Tensor, d_entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         d = self.wide[: len(d_logps)]
@@ -147,18 +168,30 @@ class TritonChunk(Chunk):
         return self.product_dtype
 
     def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-        from .gpu.rows import score_rows  # triton exists on Linux only
+        self.rows, self.token_ids = as_grid(self.multiply(hidden)), token_ids
+        logps, self.entropy, self.state = compute_scores(self.rows, token_ids, None, self._temperature(), True)
+        return logps, self.entropy
 
-        self.leaf = self.multiply(hidden).detach().requires_grad_()
-        tau = self.options.temperature / self.options.logit_scale
-        with torch.enable_grad():
-            self.outputs = score_rows(self.leaf, token_ids, temperature=tau, inplace=True)
-        logps, entropy = (x.detach() for x in self.outputs)
-        return logps, entropy
+    def restore(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None, entropy: Tensor, state: Tensor
+    ) -> None:
+        self.rows, self.token_ids, self.entropy = as_grid(self.multiply(hidden)), token_ids, entropy
+        self.state = state
 
     def gradient(self, d_logps: Tensor, d_entropy: Tensor | None) -> tuple[Tensor, Tensor]:
-        used = self.outputs if d_entropy is not None else self.outputs[:1]
-        upstream = [d_logps.float(), d_entropy.float()] if d_entropy is not None else [d_logps.float()]
-        (d,) = torch.autograd.grad(used, self.leaf, upstream)
-        d_logits = self.logits[: len(d)]
+        write_gradient(
+            self.rows,
+            self.rows,
+            self.token_ids,
+            None,
+            d_logps.float(),
+            None if d_entropy is None else d_entropy.float(),
+            self.entropy,
+            self.state,
+            self._temperature(),
+        )
+        d, d_logits = self.wide[: len(d_logps)], self.logits[: len(d_logps)]
         return (d if d.dtype == d_logits.dtype else d_logits.copy_(d)), d
+
+    def _temperature(self) -> float:
+        return self.options.temperature / self.options.logit_scale

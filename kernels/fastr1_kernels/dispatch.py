@@ -27,6 +27,11 @@ def rewards_use_triton(rewards: Tensor) -> bool:
     return rewards.dtype != torch.float64 and _runs_triton(rewards)
 
 
+def may_read_values(check_values: bool) -> bool:
+    """Whether a check may read a tensor: never inside `torch.compile`, which would break the graph there."""
+    return check_values and not torch.compiler.is_compiling()
+
+
 def is_per_token(options: LossOptions, has_sampler: bool) -> bool:
     """Whether no token's loss depends on the other tokens of its sequence, beside a threshold on the entropy."""
     return (

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import LossArguments
 from .chunk import Chunk, make_chunk
 from .head import HeadGradients, HeadOptions, HeadTensors, scale_to, sum_dtype
-from .reference import Metrics
-from .token_loss import TokenLoss
+from .token_loss import LossOutput, TokenLoss
 
 GPU_CHUNK_SIZE, GPU_FROZEN_CHUNK_SIZE, CPU_CHUNK_SIZE = 4096, 2048, 512
 ONCE = "linear_logps and linear_grpo_loss are differentiable once: leave create_graph=True out"
@@ -49,19 +49,21 @@ class Rows:
     def index(self, chunk: slice) -> slice | Tensor:
         return chunk if self.order is None else self.order[chunk]
 
-    def score(self, buffers: Chunk, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The chunk's rows of hidden, logps and entropy."""
+    def inputs(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The chunk's rows of hidden (C, D), their token ids and temperatures."""
         rows = self.index(chunk)
         hidden, ids = self.hidden[rows], self.token_ids[rows]
         temperature = None if self.temperature is None else self.temperature[rows]
         if self.mask is None:
-            return hidden, *buffers.score(hidden, ids, temperature)
+            return hidden, ids, temperature
         # What stands in a masked row, NaN included, must not reach the products.
         live = self.mask[rows]
-        ids, hidden = torch.where(live, ids, 0), torch.where(live[:, None], hidden, 0.0)
         temperature = None if temperature is None else torch.where(live, temperature, 1.0)
-        logps, entropy = buffers.score(hidden, ids, temperature)
-        return hidden, torch.where(live, logps, 0.0), torch.where(live, entropy, 0.0)
+        return torch.where(live[:, None], hidden, 0.0), torch.where(live, ids, 0), temperature
+
+    def live(self, chunk: slice, values: Tensor) -> Tensor:
+        """The chunk's values (C,), 0 where masked."""
+        return values if self.mask is None else torch.where(self.mask[self.index(chunk)], values, 0.0)
 
     def buffers(self, head: HeadTensors, options: HeadOptions) -> Chunk:
         longest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
@@ -69,8 +71,10 @@ class Rows:
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Zeros for logps and entropy, (N,)."""
-        zeros = torch.zeros(2, len(self.hidden), dtype=sum_dtype(self.hidden.dtype), device=self.hidden.device)
-        return zeros[0], zeros[1]
+        dtype = sum_dtype(self.hidden.dtype)
+        return self.hidden.new_zeros(len(self.hidden), dtype=dtype), self.hidden.new_zeros(
+            len(self.hidden), dtype=dtype
+        )
 
 
 def default_chunk_size(hidden: Tensor, is_frozen: bool) -> int:
@@ -97,6 +101,41 @@ def chunks_of_sequences(lengths: list[int], size: int) -> list[slice] | None:
             start = stop
         stop += length
     return [*chunks, slice(start, stop)] if stop > start else chunks
+
+
+def linear_loss(
+    hidden: Tensor,  # (B, T, D) or (N, D)
+    head: HeadTensors,
+    token_ids: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # as token_ids, bool
+    temperatures: Tensor | None,  # as token_ids
+    arguments: LossArguments,
+    options: HeadOptions,
+    chunk_size: int | None,
+    num_loss_tokens: int | None,
+) -> tuple[LossOutput, Tensor]:
+    """The fields of `GRPOOutput` for checked arguments, and the unit that gradients are best computed in (0-d)."""
+    loss = TokenLoss(token_ids, mask, arguments)
+    has_grad = torch.is_grad_enabled()
+    trained = has_grad and any(x is not None and x.requires_grad for x in head)
+    rows, is_whole = plan_rows(
+        hidden.reshape(-1, hidden.shape[-1]),
+        token_ids.reshape(-1).long(),
+        None if temperatures is None else temperatures.detach().reshape(-1),
+        loss,
+        size=chunk_size or default_chunk_size(hidden, is_frozen=not trained),
+        check_values=arguments.check_values,
+        num_loss_tokens=num_loss_tokens,
+    )
+    if is_whole and (trained or (has_grad and hidden.requires_grad)):
+        return loss_of_chunks(rows, head, options, loss), loss.unit
+    return loss.output(*chunked_linear_logps(rows, head, options)), loss.unit
+
+
+def linear_rows(hidden: Tensor, token_ids: Tensor, temperatures: Tensor | None, chunk_size: int) -> Rows:
+    """All rows (N, D) as they come."""
+    chunks = even_chunks(0, len(hidden), chunk_size)
+    return Rows(hidden, token_ids.long(), temperatures, mask=None, order=None, chunks=chunks, signal=len(chunks))
 
 
 def plan_rows(
@@ -137,9 +176,7 @@ def plan_rows(
     return Rows(hidden, token_ids, temperature, kept_mask, order, chunks, len(with_signal)), is_whole
 
 
-def loss_of_chunks(
-    rows: Rows, head: HeadTensors, options: HeadOptions, loss: TokenLoss
-) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
+def loss_of_chunks(rows: Rows, head: HeadTensors, options: HeadOptions, loss: TokenLoss) -> LossOutput:
     """The fields of `GRPOOutput`; the gradients are computed here, and wait for the upstream gradient."""
     inputs = (rows.hidden, *head)
     needed = tuple(x is not None and x.requires_grad for x in inputs)
@@ -149,7 +186,8 @@ def loss_of_chunks(
         gradients = HeadGradients(rows.hidden, head, needed, options.lora_scale)
         for i, chunk in enumerate(rows.chunks):
             index = rows.index(chunk)
-            hidden, logps[index], entropy[index] = rows.score(buffers, chunk)
+            hidden, ids, temperature = rows.inputs(chunk)
+            logps[index], entropy[index] = (rows.live(chunk, x) for x in buffers.score(hidden, ids, temperature))
             if i < rows.signal:
                 numbers = (
                     index if isinstance(index, Tensor) else torch.arange(index.start, index.stop, device=logps.device)
@@ -182,7 +220,48 @@ class _GivenGradients(torch.autograd.Function):
 
 def chunked_linear_logps(rows: Rows, head: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor]:
     """logps and entropy (N,), zeros in the rows that are not computed; differentiable once."""
-    return _LinearLogps.apply(rows.hidden, *head, rows, options)
+    logps, entropy, _ = _LinearLogps.apply(rows.hidden, *head, rows, options)
+    return logps, entropy
+
+
+def score_chunks(rows: Rows, head: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """logps and entropy (N,), and what the gradient needs of a row beside its entropy, (2, N)."""
+    logps, entropy = rows.outputs()
+    state = logps.new_zeros(2, len(logps))
+    with torch.autocast(rows.hidden.device.type, enabled=False):
+        buffers = rows.buffers(head, options)
+        for chunk in rows.chunks:
+            index = rows.index(chunk)
+            logps[index], entropy[index] = (rows.live(chunk, x) for x in buffers.score(*rows.inputs(chunk)))
+            state[:, index] = buffers.state
+    return logps, entropy, state
+
+
+def logps_gradients(
+    rows: Rows,
+    head: HeadTensors,
+    options: HeadOptions,
+    entropy: Tensor,  # (N,)
+    state: Tensor,  # (2, N)
+    d_logps: Tensor | None,  # (N,)
+    d_entropy: Tensor | None,  # (N,)
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients of hidden and of the fields of the head, None where not needed."""
+    hidden = rows.hidden
+    gradients = HeadGradients(hidden, head, needed, options.lora_scale)
+    d_logps = torch.zeros_like(entropy) if d_logps is None else d_logps
+    with torch.autocast(hidden.device.type, enabled=False):
+        buffers = rows.buffers(head, options)
+        for chunk in rows.chunks[: rows.signal]:
+            index = rows.index(chunk)
+            inputs = rows.inputs(chunk)
+            buffers.restore(*inputs, entropy[index], state[:, index])
+            g = rows.live(chunk, d_logps[index])
+            h = None if d_entropy is None else rows.live(chunk, d_entropy[index])
+            gradients.add(index, inputs[0], *buffers.gradient(g, h))
+    sums = zip([gradients.hidden, *gradients.sums], (hidden, *head), strict=True)
+    return [None if x is None or y is None else x.to(y.dtype) for x, y in sums]
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -196,40 +275,25 @@ class _LinearLogps(torch.autograd.Function):
         lora_b: Tensor | None,
         rows: Rows,
         options: HeadOptions,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         head = HeadTensors(weight, bias, lora_a, lora_b)
-        logps, entropy = rows.outputs()
-        with torch.autocast(hidden.device.type, enabled=False):
-            buffers = rows.buffers(head, options)
-            for chunk in rows.chunks:
-                index = rows.index(chunk)
-                _, logps[index], entropy[index] = rows.score(buffers, chunk)
-        ctx.save_for_backward(hidden, *head, rows.token_ids, rows.temperature, rows.mask, rows.order)
+        outputs = score_chunks(rows, head, options)
+        ctx.save_for_backward(hidden, *head, rows.token_ids, rows.temperature, rows.mask, rows.order, *outputs[1:])
         ctx.chunks, ctx.signal, ctx.options = rows.chunks, rows.signal, options
         ctx.set_materialize_grads(False)
-        return logps, entropy
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # torch's own guard drops the second derivative silently where the upstream gradient is a constant.
             raise RuntimeError(ONCE)
-        hidden, weight, bias, lora_a, lora_b, token_ids, temperature, mask, order = ctx.saved_tensors
+        hidden, weight, bias, lora_a, lora_b, token_ids, temperature, mask, order, entropy, state = ctx.saved_tensors
         if d_logps is None and d_entropy is None:
             return (None,) * 7
         head = HeadTensors(weight, bias, lora_a, lora_b)
         rows = Rows(hidden, token_ids, temperature, mask, order, ctx.chunks, ctx.signal)
-        gradients = HeadGradients(hidden, head, ctx.needs_input_grad[:5], ctx.options.lora_scale)
-        with torch.autocast(hidden.device.type, enabled=False):
-            buffers = rows.buffers(head, ctx.options)
-            for chunk in rows.chunks[: rows.signal]:
-                index = rows.index(chunk)
-                chunk_hidden, chunk_logps, _ = rows.score(buffers, chunk)
-                g = torch.zeros_like(chunk_logps) if d_logps is None else d_logps[index]
-                h = None if d_entropy is None else d_entropy[index]
-                if mask is not None:
-                    g = torch.where(mask[index], g, 0.0)
-                    h = None if h is None else torch.where(mask[index], h, 0.0)
-                gradients.add(index, chunk_hidden, *buffers.gradient(g, h))
-        sums = zip([gradients.hidden, *gradients.sums], [hidden, *head], strict=True)
-        return *(None if x is None else x.to(y.dtype) for x, y in sums), None, None
+        upstream, needed = (d_logps, d_entropy), ctx.needs_input_grad[:5]
+        return *logps_gradients(rows, head, ctx.options, entropy, state, *upstream, needed), None, None

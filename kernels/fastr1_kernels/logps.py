@@ -1,7 +1,6 @@
 """Log-probability of given tokens, from logits or straight from hidden states: the public doors.
 
-On a GPU logits are scored by one Triton kernel (`gpu.rows`), elsewhere by the reference; a linear head is scored in
-chunks (`linear`). `dispatch` is the rule.
+Logits are scored by `rows`, in one Triton kernel on a GPU; a linear head is scored in chunks (`linear`).
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import reference
 from .checks import check_head, check_rows, check_temperatures, check_token_ids
-from .dispatch import uses_triton
+from .compiled import compiled_linear_logps
+from .dispatch import may_read_values
 from .head import HeadOptions, HeadTensors
-from .linear import Rows, chunked_linear_logps, default_chunk_size, even_chunks
+from .linear import chunked_linear_logps, default_chunk_size, linear_rows
 from .options import check_number
+from .rows import score_rows
 
 
 @overload
@@ -45,29 +45,24 @@ def selective_log_softmax(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
-    check_values: bool = True,  # False: ids are not read, nothing waits for the device
+    check_values: bool = True,  # False, or inside torch.compile: ids are not read, nothing waits for the device
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at token_ids; differentiable.
 
     Returns:
         logps (...), float32 (float64 for float64 logits); with `return_entropy` also the entropy of each row (...),
-        differentiable too. Logits of -inf have probability 0. On a GPU one Triton kernel reads the logits once and the
-        result is differentiable once; see `dispatch`.
+        differentiable too. Both are differentiable once. Logits of -inf have probability 0. They are read once, on a
+        GPU by one Triton kernel.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, an id outside the vocabulary.
     """
     check_rows("logits", logits, token_ids)
     check_number("temperature", temperature, above=0)
-    if check_values:
+    if may_read_values(check_values):
         check_token_ids(token_ids, logits.shape[-1])
-    if uses_triton(logits):
-        from .gpu.rows import score_rows  # triton exists on Linux only
-
-        scores = score_rows(logits, token_ids, temperature=temperature, compute_entropy=return_entropy)
-        logps, entropy = (x.view(token_ids.shape) for x in scores)
-    else:
-        logps, entropy = reference.selective_log_softmax(logits, token_ids.long(), temperature)
+    scores = score_rows(logits, token_ids, temperature=temperature, compute_entropy=return_entropy)
+    logps, entropy = (x.view(token_ids.shape) for x in scores)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -164,13 +159,17 @@ def linear_logps(
     )
     check_head(hidden, head, options, chunk_size)
     check_number("temperature", options.temperature, above=0)
+    check_values = may_read_values(check_values)
     if isinstance(temperature, Tensor):
         check_temperatures(temperature, token_ids, None, check_values)
     if check_values:
         check_token_ids(token_ids, weight.shape[0])
-    rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
+    flat, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
     is_frozen = not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head))
-    chunks = even_chunks(0, len(rows), chunk_size or default_chunk_size(hidden, is_frozen))
-    plan = Rows(rows, ids, temperatures, mask=None, order=None, chunks=chunks, signal=len(chunks))
-    logps, entropy = (x.view(token_ids.shape) for x in chunked_linear_logps(plan, head, options))
+    size = chunk_size or default_chunk_size(hidden, is_frozen)
+    if torch.compiler.is_compiling():
+        logps, entropy = compiled_linear_logps(flat, head, ids, temperatures, size, options)
+    else:
+        logps, entropy = chunked_linear_logps(linear_rows(flat, ids, temperatures, size), head, options)
+    logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logps, entropy) if return_entropy else logps

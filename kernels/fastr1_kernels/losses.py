@@ -25,11 +25,13 @@ from .checks import (
     check_temperatures,
     check_token_ids,
 )
-from .dispatch import fits_one_launch, knows_gradient, rewards_use_triton, uses_triton
+from .compiled import compiled_linear_loss
+from .dispatch import fits_one_launch, knows_gradient, may_read_values, rewards_use_triton, uses_triton
 from .head import HeadOptions, HeadTensors
-from .linear import chunked_linear_logps, default_chunk_size, loss_of_chunks, plan_rows
+from .linear import linear_loss
 from .options import LossOptions, check_count, choose_options
-from .token_loss import TokenLoss, advantages_of, scores_in_torch
+from .rows import score_rows
+from .token_loss import TokenLoss, advantages_of
 
 
 class GRPOOutput(NamedTuple):
@@ -91,7 +93,7 @@ def grpo_loss(
     (`LOSSES[loss_type].counts`) of the whole update, makes the losses of its calls add up to that of one call.
 
     With `check_values=False` no check reads the values of a tensor, and neither the call nor its backward pass waits
-    for the device. Wrong ids, rewards and boundaries are then not noticed.
+    for the device. Wrong ids, rewards and boundaries are then not noticed. It is always so inside `torch.compile`.
 
     With `grad_scale` the one launch writes the gradient of grad_scale · loss, and a backward pass that brings this
     factor, of loss scaling or of accumulation, has nothing left to do. Any other upstream gradient stays right at the
@@ -99,11 +101,12 @@ def grpo_loss(
     written before the factor is known, would round to zeros.
 
     With `inplace` the gradient takes the place of the logits, which are lost then: during this call where the loss is
-    one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted.
+    one launch, during its backward pass elsewhere. Nothing is written where no gradient is wanted, nor inside
+    `torch.compile`, which plans memory itself.
 
     Raises:
-        ValueError: wrong shapes, dtypes, devices, ids, unknown or contradictory options; `inplace` where the kernels do
-            not run, or for logits that are a leaf or overlap themselves.
+        ValueError: wrong shapes, dtypes, devices, ids, unknown or contradictory options; `inplace` for logits that are
+            a leaf or overlap themselves.
     """
     keywords = LossOptions(
         loss_type=loss_type,
@@ -141,18 +144,14 @@ def grpo_loss(
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
         normalizer=normalizer,
-        check_values=check_values,
+        check_values=may_read_values(check_values),
     )
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
     check_grad_scale(grad_scale)
     if inplace:
-        check_inplace(logits, uses_triton(logits))
-    if uses_triton(logits):
-        return _loss_in_triton(logits, token_ids, mask, arguments, inplace, grad_scale)
-    return GRPOOutput(
-        *TokenLoss(token_ids, mask, arguments).output(*scores_in_torch(logits, token_ids, mask, arguments))
-    )
+        check_inplace(logits)
+    return _loss_of_logits(logits, token_ids, mask, arguments, inplace, grad_scale)
 
 
 def linear_grpo_loss(
@@ -249,7 +248,7 @@ def linear_grpo_loss(
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
         normalizer=normalizer,
-        check_values=check_values,
+        check_values=may_read_values(check_values),
     )
     head = HeadTensors(weight, bias, lora_a, lora_b)
     head_options = HeadOptions(
@@ -286,21 +285,10 @@ def _linear_loss(
         check_count("num_loss_tokens", num_loss_tokens)
         if arguments.check_values and (number := int(mask.sum())) != num_loss_tokens:
             raise ValueError(f"num_loss_tokens={num_loss_tokens}, but mask has {number} loss tokens")
-    loss = TokenLoss(token_ids, mask, arguments)
-    has_grad = torch.is_grad_enabled()
-    trained = has_grad and any(x is not None and x.requires_grad for x in head)
-    rows, is_whole = plan_rows(
-        hidden.reshape(-1, hidden.shape[-1]),
-        token_ids.reshape(-1).long(),
-        None if temperatures is None else temperatures.detach().reshape(-1),
-        loss,
-        size=chunk_size or default_chunk_size(hidden, is_frozen=not trained),
-        check_values=arguments.check_values,
-        num_loss_tokens=num_loss_tokens,
-    )
-    if is_whole and (trained or (has_grad and hidden.requires_grad)):
-        return GRPOOutput(*loss_of_chunks(rows, head, options, loss))
-    return GRPOOutput(*loss.output(*chunked_linear_logps(rows, head, options)))
+    call = compiled_linear_loss if torch.compiler.is_compiling() else linear_loss
+    sizes = (chunk_size, num_loss_tokens)
+    output, _ = call(hidden, head, token_ids, mask, temperatures, arguments, options, *sizes)
+    return GRPOOutput(*output)
 
 
 def _check(arguments: LossArguments, token_ids: Tensor, vocabulary: int) -> Tensor:
@@ -314,7 +302,7 @@ def _check(arguments: LossArguments, token_ids: Tensor, vocabulary: int) -> Tens
     return mask
 
 
-def _loss_in_triton(
+def _loss_of_logits(
     logits: Tensor,
     token_ids: Tensor,
     mask: Tensor,
@@ -322,13 +310,13 @@ def _loss_in_triton(
     inplace: bool,
     grad_scale: float | Tensor | None,
 ) -> GRPOOutput:
-    from .gpu import loss, rows  # triton exists on Linux only
+    is_one_launch = fits_one_launch(arguments.options, arguments.sampler_logps is not None)
+    if is_one_launch and uses_triton(logits) and knows_gradient(logits, grad_scale is not None):
+        from .gpu.loss import one_launch_loss  # triton exists on Linux only
 
-    has_sampler = arguments.sampler_logps is not None
-    if fits_one_launch(arguments.options, has_sampler) and knows_gradient(logits, grad_scale is not None):
         in_kernel = arguments.rewards is not None and rewards_use_triton(arguments.rewards)
         advantages = None if in_kernel else advantages_of(arguments)
-        return GRPOOutput(*loss.one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace, grad_scale))
-    temperature = arguments.options.temperature
-    scores = rows.score_rows(logits, token_ids, mask, temperature=temperature, inplace=inplace)
+        return GRPOOutput(*one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace, grad_scale))
+    live = None if arguments.mask is None else mask
+    scores = score_rows(logits, token_ids, live, temperature=arguments.options.temperature, inplace=inplace)
     return GRPOOutput(*TokenLoss(token_ids, mask, arguments).output(*scores))

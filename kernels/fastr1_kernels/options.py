@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 SCALES = ("group", "batch", "none")  # of rewards
 SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "icepop")
@@ -157,7 +158,8 @@ class LossOptions:
         check_number("temperature", self.temperature, above=0)
         check_number("top_entropy_quantile", self.top_entropy_quantile, above=0)
         share = self.top_entropy_quantile
-        require(share <= 1, f"top_entropy_quantile={share}: give the share of tokens to keep, at most 1")
+        if share > 1:
+            raise ValueError(f"top_entropy_quantile={share}: give the share of tokens to keep, at most 1")
         if self.log_ratio_clamp is not None:
             check_number("log_ratio_clamp", self.log_ratio_clamp, above=0)
         if self.off_policy_threshold is not None:
@@ -174,11 +176,11 @@ class LossOptions:
 
     def _check_against_the_loss(self) -> None:
         """Refuse what the chosen loss would ignore, ask for what it needs."""
-        for name, default in option_defaults().items():
+        for name, default in OPTION_DEFAULTS.items():
             received = getattr(self, name)
-            if name in self.loss.ignores:
+            if name in self.loss.ignores and received != default:
                 message = f"{name}={received!r} has no effect on loss_type={self.loss_type!r}"
-                require(received == default, f"{message}: leave it out, or use 'grpo'")
+                raise ValueError(f"{message}: leave it out, or use 'grpo'")
             self.check_need(name, received, is_missing=received == default)
         if self.delta is not None:
             high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -190,21 +192,34 @@ class LossOptions:
             raise ValueError(f"{name}={received!r}: loss_type={self.loss_type!r} {self.loss.needs[name]}")
 
 
-def option_defaults() -> dict[str, object]:
-    return {f.name: f.default for f in fields(LossOptions)}
+OPTION_DEFAULTS: Mapping[str, Any] = MappingProxyType({f.name: f.default for f in fields(LossOptions)})
+
+
+_SCHEMA_TYPES = {"str": "str", "float": "float", "float | None": "float?", "int | None": "int?", "bool": "bool"}
+
+# The fields as keyword arguments of an operator of torch, and their values for it.
+OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(LossOptions))
+
+
+def option_values(options: LossOptions) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in OPTION_DEFAULTS}
 
 
 def choose_options(options: LossOptions | None, keywords: LossOptions) -> LossOptions:
     """The options given at once, or those of single keywords; an error where both say something."""
     if options is None:
         return keywords
-    require(isinstance(options, LossOptions), f"options is a {type(options).__name__}: give LossOptions")
+    if not isinstance(options, LossOptions):
+        raise ValueError(f"options is a {type(options).__name__}: give LossOptions")
     both = [
         f"{name}={getattr(keywords, name)!r}"
-        for name, default in option_defaults().items()
+        for name, default in OPTION_DEFAULTS.items()
         if getattr(keywords, name) != default
     ]
-    require(not both, f"options and {', '.join(both)}: put it into the options (dataclasses.replace), not beside them")
+    if both:
+        raise ValueError(
+            f"options and {', '.join(both)}: put it into the options (dataclasses.replace), not beside them"
+        )
     return options
 
 
@@ -214,17 +229,21 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{name}={value!r} is not supported: use one of {', '.join(choices)}")
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not supported: use one of {', '.join(choices)}")
 
 
 def check_number(name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
     """Refuse what is not a finite Python number greater than `above` and not below `at_least`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    bound = f" > {above}" if above > -math.inf else f" >= {at_least}" if at_least > -math.inf else ""
-    ok = is_number and math.isfinite(value) and value > above and value >= at_least  # type: ignore[arg-type, operator]
-    require(ok, f"{name}={value!r}: give a finite number{bound}")
+    # Comparisons alone: inside torch.compile a float may be a symbol.
+    ok = is_number and -math.inf < value < math.inf and value > above and value >= at_least  # type: ignore[operator]
+    if not ok:
+        bound = f" > {above}" if above > -math.inf else f" >= {at_least}" if at_least > -math.inf else ""
+        raise ValueError(f"{name}={value!r}: give a finite number{bound}")
 
 
 def check_count(name: str, value: object) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(ok, f"{name}={value!r}: give an integer >= 1")
+    if not ok:
+        raise ValueError(f"{name}={value!r}: give an integer >= 1")

@@ -35,7 +35,7 @@ def selective_log_softmax(
     top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of its distribution, both (...,)."""
-    logits = upcast(logits) / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    logits = upcast(logits) / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
     if top_k is not None or top_p is not None:
         logits = torch.where(kept_columns(logits.detach(), token_ids, top_k, top_p), logits, -math.inf)
     log_probs = F.log_softmax(logits, dim=-1)
@@ -99,9 +99,9 @@ def linear_logps(
 
 def group_advantages(
     rewards: Tensor,  # (B,), NaN = unscorable
-    group_ids: Tensor,  # (B,) integers, any values
+    num_generations: int | None = None,  # groups are consecutive runs of so many
     *,
-    num_groups: int | None = None,  # the values are 0 to num_groups - 1
+    group_ids: Tensor | None = None,  # (B,) integers, any values; instead
     scale_rewards: str = "group",
     eps: float = 1e-4,
     leave_one_out: bool = False,
@@ -111,28 +111,29 @@ def group_advantages(
     """(r - mean) / (std + eps) within each group, std unbiased; 0 where a group has fewer than two distinct rewards."""
     rewards = upcast(rewards.detach())
     scored = ~rewards.isnan()
-    group = group_ids
-    if num_groups is None:
-        labels, group = group_ids.unique(return_inverse=True)
-        num_groups = len(labels)
-    member = (group == torch.arange(num_groups, device=group.device)[:, None]) & scored  # (K, B)
-    count = member.sum(1)
-    mean = torch.where(member, rewards, 0.0).sum(1) / count.clamp(min=1)
-    highest = torch.where(member, rewards, -math.inf).amax(1)
-    lowest = torch.where(member, rewards, math.inf).amin(1)
+    if group_ids is None:  # (K, G): a row is a group and has its statistics
+        own = grid = rewards.view(-1, num_generations or 1)
+        member = scored.view(grid.shape)
+    else:  # (B, B): a row has those of the group of one reward
+        grid, member = rewards[None, :], (group_ids == group_ids[:, None]) & scored
+        own = rewards[:, None]
+    count = member.sum(1, keepdim=True)
+    mean = torch.where(member, grid, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    highest = torch.where(member, grid, -math.inf).amax(1, keepdim=True)
+    lowest = torch.where(member, grid, math.inf).amin(1, keepdim=True)
 
-    centred = rewards - mean[group]
+    centred = own - mean
     if leave_one_out:  # r minus the mean of the others
-        centred = centred * count[group] / (count - 1).clamp(min=1)[group]
+        centred = centred * count / (count - 1).clamp(min=1)
     if scale_rewards == "group":
-        square = torch.where(member, (rewards - mean[:, None]).square(), 0.0).sum(1)
-        centred = centred / ((square / (count - 1).clamp(min=1)).sqrt()[group] + eps)
+        square = torch.where(member, (grid - mean).square(), 0.0).sum(1, keepdim=True)
+        centred = centred / ((square / (count - 1).clamp(min=1)).sqrt() + eps)
     elif scale_rewards == "batch":
         total = scored.sum()
         deviation = torch.where(scored, rewards - torch.where(scored, rewards, 0.0).sum() / total.clamp(min=1), 0.0)
         centred = centred / ((deviation.square().sum() / (total - 1).clamp(min=1)).sqrt() + eps)
     # Equal rewards have a rounding residue for a deviation; divided by eps it would train on noise.
-    advantages = torch.where((highest > lowest)[group], centred, 0.0)
+    advantages = torch.where(highest > lowest, centred, 0.0).view(-1)
     if noise_std:
         noise = torch.randn(rewards.shape, generator=generator, dtype=rewards.dtype, device=rewards.device)
         advantages = advantages + noise_std * noise

@@ -15,6 +15,8 @@ from .checks import LossArguments
 from .dispatch import is_per_token
 from .reference import Metrics
 
+LossOutput = tuple[Tensor, Metrics, Tensor, Tensor, Tensor]  # the fields of GRPOOutput
+
 
 class Sequences:
     """Which sequence every token belongs to, padded or packed input alike."""
@@ -106,7 +108,7 @@ class TokenLoss:
         signal = self.mask & (self.token_advantages != 0)
         return signal if self.is_per_token else self.mask & (self.sequences.spread(self.sequences.sum(signal)) > 0)
 
-    def output(self, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
+    def output(self, logps: Tensor, entropy: Tensor) -> LossOutput:
         """The fields of `GRPOOutput`; logps and entropy are (N,), of any value where masked."""
         loss, metrics = self(logps, entropy)
         logps, entropy = (torch.where(self.mask, x.detach(), 0.0).view(self.shape) for x in (logps, entropy))
@@ -114,6 +116,19 @@ class TokenLoss:
 
     def _place(self, values: Tensor) -> Tensor:
         return values[:, None] if self.is_per_token else self.sequences.place(values)
+
+
+def metric_names(arguments: LossArguments) -> tuple[str, ...]:
+    """The metrics of a loss, known without computing it."""
+    options = arguments.options
+    wanted = {
+        "on_policy": options.off_policy_threshold is not None,
+        "high_entropy": options.top_entropy_quantile < 1,
+        "sampler_weight": arguments.sampler_logps is not None,
+        "kl": arguments.ref_logps is not None,
+        "entropy": True,
+    }
+    return "ratio", *options.loss.clip_metrics, *(name for name, is_wanted in wanted.items() if is_wanted)
 
 
 def advantages_of(arguments: LossArguments) -> Tensor:
@@ -130,19 +145,3 @@ def advantages_of(arguments: LossArguments) -> Tensor:
         leave_one_out=arguments.options.leave_one_out,
     )
     return advantages if arguments.sequence_index is None else advantages.gather(0, arguments.sequence_index.long())
-
-
-def scores_in_torch(logits: Tensor, token_ids: Tensor, mask: Tensor, arguments: LossArguments) -> tuple[Tensor, Tensor]:
-    """logps and entropy (N,). The logits of loss tokens are picked where that may wait for the device; else those of
-    other tokens are replaced by zeros."""
-    temperature, ids = arguments.options.temperature, torch.where(mask, token_ids, 0).reshape(-1).long()
-    rows = logits.reshape(-1, logits.shape[-1])
-    if arguments.mask is None:
-        return reference.selective_log_softmax(rows, ids, temperature)
-    if not arguments.check_values:
-        rows = torch.where(mask.reshape(-1, 1), rows, 0.0)
-        return reference.selective_log_softmax(rows, ids, temperature)
-    live = mask.reshape(-1).nonzero().squeeze(1)
-    scores = reference.selective_log_softmax(rows[live], ids[live], temperature)
-    logps, entropy = (x.new_zeros(len(ids)).index_copy(0, live, x) for x in scores)
-    return logps, entropy

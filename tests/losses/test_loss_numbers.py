@@ -149,7 +149,7 @@ def test_rewards_reduced_before_the_launch_give_the_same(
 
 
 def test_entropy_left_out_changes_nothing_else(kernels: Backend) -> None:
-    from fastr1_kernels.gpu.rows import score_rows
+    from fastr1_kernels.rows import score_rows
 
     logits, ids = kernels.put(LOGITS), kernels.put(TOKEN_IDS)
     results = []

@@ -14,7 +14,7 @@ from loss_cases import OPTION_NAMES, by_loss, loss_in_reference
 from torch import Tensor
 
 from fastr1_kernels import LOSSES, LossOptions, group_advantages, grpo_loss, linear_grpo_loss, reference
-from fastr1_kernels.options import SAMPLER_CORRECTIONS, SCALES, option_defaults
+from fastr1_kernels.options import OPTION_DEFAULTS, SAMPLER_CORRECTIONS, SCALES
 
 GIVEN = {"epsilon_high": 1.3, "max_completion_length": 7, "importance_sampling_level": "sequence"}
 
@@ -54,7 +54,7 @@ def kept_tokens(mask: Tensor) -> Tensor:
 @st.composite
 def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
     """Arguments of a call that is accepted, with `logits` etc.; tensors are float64 and padded."""
-    row, default = LOSSES[loss_type], option_defaults()
+    row, default = LOSSES[loss_type], OPTION_DEFAULTS
     options = {name: draw(strategy) for name, strategy in OPTIONS.items() if name not in row.ignores}
     options |= {name: value for name, value in GIVEN.items() if name in row.needs and options[name] == default[name]}
     b, t, vocabulary, seed = (

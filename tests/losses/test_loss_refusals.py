@@ -73,7 +73,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"old_logps": OLD[:, :-1]}, r"old_logps has shape \(4, 4\)"),
     ({"old_logps": TOKEN_IDS}, "old_logps has dtype torch.int64"),
     ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens is for packed"),
-    ({"inplace": True}, "inplace=True needs the Triton kernel"),
     ({"loss_type": "tinyllava_video_r1", "old_logps": OLD}, "old_logps has no effect"),
     ({"loss_type": "tinyllava_video_r1", "delta": 2.0}, "delta=2.0 has no effect"),
     ({"loss_type": "tinyllava_video_r1", "epsilon_high": 0.3}, "epsilon_high=0.3 has no effect"),

@@ -24,7 +24,7 @@ def score(
     temperature: float = 1.0,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    from fastr1_kernels.gpu.rows import score_rows
+    from fastr1_kernels.rows import score_rows
 
     return score_rows(logits, token_ids, mask, temperature=temperature, inplace=inplace)
 

@@ -89,7 +89,7 @@ def test_one_launch_reads_a_live_row_twice_and_writes_it_once(interpreter: None)
 
 
 def test_scores_read_a_live_row_once_and_their_gradient_once_more(interpreter: None) -> None:
-    from fastr1_kernels.gpu.rows import score_rows
+    from fastr1_kernels.rows import score_rows
 
     logits, ids, _ = inputs()
     with watched(logits) as (forward,):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_inplace
-from ..dispatch import uses_triton
 from ..logps import linear_logps, selective_log_softmax
 from ..losses import GRPOOutput, grpo_loss, linear_grpo_loss
 from ..options import LOSSES, LossOptions, check_count, check_number, require
@@ -260,7 +259,7 @@ def _metrics(output: GRPOOutput, options: LossOptions) -> list[Tensor]:
 
 def _can_overwrite(rows: Tensor, logits: Tensor) -> bool:
     try:
-        check_inplace(rows, uses_triton(rows))
+        check_inplace(rows)
     except ValueError:
         return False
     return not logits.is_leaf

@@ -12,6 +12,8 @@ Source: arXiv 2402.03300 §4.1.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -104,9 +106,9 @@ def group_advantages_kernel(
     tl.store(advantages_ptr + i_r, advantage)
 
 
-def launch_group_advantages(
+@torch.library.custom_op("fastr1::group_advantages", mutates_args=())
+def group_advantages_op(
     rewards: Tensor,  # (R,) any real dtype but float64
-    *,
     num_generations: int | None,
     group_ids: Tensor | None,  # (R,) integers
     scale_rewards: str,
@@ -114,7 +116,7 @@ def launch_group_advantages(
     leave_one_out: bool,
 ) -> Tensor:
     """(R,) float32, of checked arguments; exactly one of num_generations and group_ids is given."""
-    rewards = rewards.detach().float().contiguous()
+    rewards = rewards.float().contiguous()
     advantages = torch.empty_like(rewards)
     with device_of(rewards):
         group_advantages_kernel[(len(rewards),)](
@@ -130,3 +132,8 @@ def launch_group_advantages(
             num_warps=1,
         )
     return advantages
+
+
+@group_advantages_op.register_fake
+def _(rewards: Tensor, *_: Any, **__: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=torch.float32)

@@ -24,7 +24,6 @@ to zeros before the factor is known (`dispatch.knows_gradient`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,127 +32,169 @@ from torch import Tensor
 from .. import reference
 from ..checks import LossArguments
 from ..dispatch import device_of
+from ..options import OPTIONS_SCHEMA, LossOptions, option_values
 from ..reference import Metrics
-from .advantages import BLOCK_REWARDS, launch_group_advantages
+from ..rows import as_grid
+from ..token_loss import metric_names
+from .advantages import BLOCK_REWARDS, group_advantages_op
 from .loss_kernel import grpo_rows_kernel
 from .policy import policy_arguments
-from .rows import as_grid, row_launch_config, row_width, scale_rows_kernel
+from .rows import row_launch_config, row_width, scale_rows_kernel
 from .terms import METRIC_TERMS, NUM_TERMS, TERM_ENTROPY, TERM_LOGP, TERM_LOSS
 
 # A program that would read more rewards than this for its advantage finds it computed by a launch before.
 MAX_REWARDS_IN_LAUNCH = 2 * BLOCK_REWARDS
+GRAD_SCALE = 12  # its place among the arguments of the operator
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What the kernel reads beside the logits."""
-
-    token_ids: Tensor  # (N,)
-    mask: Tensor  # (N,) bool
-    sequence: Tensor | None  # (N,) where packed
-    weights: Tensor  # (B,) float32
-    advantages: Tensor | None  # (B,) or (N,) float32; None: from the rewards
-    arguments: LossArguments
-    grad_scale: Tensor | None  # 0-d float32
-    compute_entropy: bool
-
-    def launch(self, logits: Tensor, d_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Terms (8, N) and advantages, (B,) or as given; writes d_logits."""
-        o, n = self.arguments, self.token_ids.numel()
-        terms = torch.zeros(NUM_TERMS, n, device=logits.device)
-        rewards = _flat(o.rewards) if self.advantages is None else None
-        advantages = torch.empty_like(self.weights) if self.advantages is None else self.advantages
-        programs = n if rewards is None else n + len(self.weights)
-        gradient = logits if d_logits is None else d_logits
-        if programs:
-            with device_of(logits):
-                grpo_rows_kernel[(programs,)](
-                    logits_ptr=logits,
-                    d_logits_ptr=d_logits,
-                    terms_ptr=terms,
-                    token_ids_ptr=self.token_ids,
-                    mask_ptr=None if o.mask is None else self.mask.view(torch.uint8),
-                    sequence_ptr=self.sequence,
-                    old_ptr=_flat(o.old_logps),
-                    ref_ptr=_flat(o.ref_logps),
-                    sampler_ptr=_flat(o.sampler_logps),
-                    weight_ptr=self.weights,
-                    grad_scale_ptr=self.grad_scale,
-                    advantages_ptr=advantages,
-                    rewards_ptr=rewards,
-                    group_ids_ptr=None if o.group_ids is None else o.group_ids.contiguous(),
-                    sequence_index_ptr=None if o.sequence_index is None else o.sequence_index.contiguous(),
-                    N=n,
-                    T=logits.shape[1],
-                    V=logits.shape[2],
-                    R=0 if rewards is None else len(rewards),
-                    G=o.num_generations or 0,
-                    stride_b=logits.stride(0),
-                    stride_t=logits.stride(1),
-                    stride_v=logits.stride(2),
-                    d_stride_b=gradient.stride(0),
-                    d_stride_t=gradient.stride(1),
-                    d_stride_v=gradient.stride(2),
-                    SOURCE=self.source(),
-                    temperature=float(o.options.temperature),
-                    eps=float(o.options.advantage_eps),
-                    SCALE=o.options.scale_rewards,
-                    LEAVE_ONE_OUT=o.options.leave_one_out,
-                    HAS_ENTROPY=self.compute_entropy,
-                    HAS_BONUS=o.options.entropy_coef != 0,
-                    BLOCK_R=BLOCK_REWARDS,
-                    **policy_arguments(o.options),
-                    **row_launch_config(logits.shape[2], row_width(logits, gradient)),
-                )
-        return terms, advantages
-
-    def source(self) -> str:
-        """Where the kernel finds the advantage of a token."""
-        if self.advantages is None:
-            return "rewards"
-        return "sequence" if len(self.advantages) == len(self.weights) else "token"
+def _launch(
+    d_logits: Tensor | None,  # (B, T, V) out, may be the logits
+    logits: Tensor,  # (B, T, V)
+    token_ids: Tensor,  # (N,)
+    mask: Tensor | None,  # (N,) uint8
+    sequence: Tensor | None,  # (N,) where packed
+    weights: Tensor,  # (B,) float32
+    advantages: Tensor | None,  # (B,) or (N,) float32; None: from the rewards
+    rewards: Tensor | None,  # (R,) float32
+    group_ids: Tensor | None,  # (R,)
+    sequence_index: Tensor | None,  # (B,)
+    old_logps: Tensor | None,  # (N,) float32, as the two below
+    ref_logps: Tensor | None,
+    sampler_logps: Tensor | None,
+    grad_scale: Tensor | None,  # 0-d float32
+    num_generations: int,  # 0 with group_ids
+    compute_entropy: bool,
+    **values: Any,  # the fields of LossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of the terms (8,), the terms (8, N) and the advantages (B,), empty where they were given."""
+    options, n = LossOptions(**values), len(token_ids)
+    terms = torch.zeros(NUM_TERMS, n, device=logits.device)
+    computed = weights.new_empty(len(weights) if advantages is None else 0)
+    gradient = logits if d_logits is None else d_logits
+    source = "rewards" if advantages is None else "sequence" if len(advantages) == len(weights) else "token"
+    if programs := n + len(computed):
+        with device_of(logits):
+            grpo_rows_kernel[(programs,)](
+                logits_ptr=logits,
+                d_logits_ptr=d_logits,
+                terms_ptr=terms,
+                token_ids_ptr=token_ids,
+                mask_ptr=mask,
+                sequence_ptr=sequence,
+                old_ptr=old_logps,
+                ref_ptr=ref_logps,
+                sampler_ptr=sampler_logps,
+                weight_ptr=weights,
+                grad_scale_ptr=grad_scale,
+                advantages_ptr=computed if advantages is None else advantages,
+                rewards_ptr=rewards,
+                group_ids_ptr=group_ids,
+                sequence_index_ptr=sequence_index,
+                N=n,
+                T=logits.shape[1],
+                V=logits.shape[2],
+                R=0 if rewards is None else len(rewards),
+                G=num_generations,
+                stride_b=logits.stride(0),
+                stride_t=logits.stride(1),
+                stride_v=logits.stride(2),
+                d_stride_b=gradient.stride(0),
+                d_stride_t=gradient.stride(1),
+                d_stride_v=gradient.stride(2),
+                SOURCE=source,
+                temperature=float(options.temperature),
+                eps=float(options.advantage_eps),
+                SCALE=options.scale_rewards,
+                LEAVE_ONE_OUT=options.leave_one_out,
+                HAS_ENTROPY=compute_entropy,
+                HAS_BONUS=options.entropy_coef != 0,
+                BLOCK_R=BLOCK_REWARDS,
+                **policy_arguments(options),
+                **row_launch_config(logits.shape[2], row_width(logits, gradient)),
+            )
+    return terms.sum(1), terms, computed
 
 
-class _GRPOLoss(torch.autograd.Function):
-    """Logits (B, T, V) to loss, sums of terms (8,), terms (8, N) and advantages. Only the loss has a gradient."""
+def _loss_rows(logits: Tensor, *arguments: Any, has_gradient: bool, **values: Any) -> tuple[Tensor, ...]:
+    """The operator: `_launch`, and the gradient of the logits, empty where none is wanted."""
+    d_logits = _new_gradient(logits, has_gradient)
+    return *_launch(d_logits if has_gradient else None, logits, *arguments, **values), d_logits
+
+
+def _new_gradient(logits: Tensor, has_gradient: bool) -> Tensor:
+    shape = logits.shape if has_gradient else (0, *logits.shape[1:])
+    return torch.empty(shape, dtype=logits.dtype, device=logits.device)
+
+
+loss_rows_op = torch.library.custom_op(
+    "fastr1::grpo_rows",
+    _loss_rows,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? sequence, Tensor weights, Tensor? advantages, "
+    "Tensor? rewards, Tensor? group_ids, Tensor? sequence_index, Tensor? old_logps, Tensor? ref_logps, "
+    "Tensor? sampler_logps, Tensor? grad_scale, int num_generations, bool compute_entropy, *, bool has_gradient, "
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@loss_rows_op.register_fake
+def _(logits: Tensor, token_ids: Tensor, *arguments: Any, has_gradient: bool, **_: Any) -> tuple[Tensor, ...]:
+    weights, advantages = arguments[2:4]
+    terms = weights.new_empty(NUM_TERMS, token_ids.shape[0])
+    computed = weights.new_empty(weights.shape[0] if advantages is None else 0)
+    return weights.new_empty(NUM_TERMS), terms, computed, _new_gradient(logits, has_gradient)
+
+
+@torch.library.custom_op("fastr1::scale_rows_", mutates_args=("d_logits",))
+def scale_rows_op(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -> None:
+    """d_logits (B, T, V) *= d_loss / grad_scale, both 0-d; not touched where that is 1."""
+    if d_logits.numel():
+        with device_of(d_logits):
+            scale_rows_kernel[(d_logits.shape[0] * d_logits.shape[1],)](
+                d_logits_ptr=d_logits,
+                d_loss_ptr=d_loss.contiguous(),
+                grad_scale_ptr=grad_scale,
+                T=d_logits.shape[1],
+                V=d_logits.shape[2],
+                stride_b=d_logits.stride(0),
+                stride_t=d_logits.stride(1),
+                stride_v=d_logits.stride(2),
+                **row_launch_config(d_logits.shape[2], row_width(d_logits)),
+            )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[-1], inputs[GRAD_SCALE])
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, d_sums: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("grpo_loss on a GPU is differentiable once: leave create_graph=True out")
+    d_logits, grad_scale = ctx.saved_tensors
+    # The buffer is scaled once: a second backward pass through retain_graph=True is refused by autograd.
+    d_logits = d_logits.detach()
+    scale_rows_op(d_logits, d_sums[TERM_LOSS.value], grad_scale)
+    return d_logits, *(None,) * (ctx.num_inputs - 1)
+
+
+loss_rows_op.register_autograd(_backward, setup_context=_save)
+
+
+class _LossRowsInPlace(torch.autograd.Function):
+    """The operator, whose gradient takes the place of the logits during its forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: _Rows, has_gradient: bool, inplace: bool) -> tuple[Tensor, ...]:
-        d_logits = None
-        if has_gradient:
-            d_logits = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        terms, advantages = rows.launch(logits, d_logits)
-        if d_logits is not None:
-            if inplace:  # whoever kept the logits for a backward pass of their own must be told
-                torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(d_logits, rows.grad_scale)
-        sums = terms.sum(1)
-        loss = sums[TERM_LOSS.value].clone()
-        ctx.mark_non_differentiable(sums, terms, advantages)
-        return loss, sums, terms, advantages
+    def forward(ctx: Any, logits: Tensor, values: dict[str, Any], *arguments: Any) -> tuple[Tensor, ...]:
+        outputs = *_launch(logits, logits, *arguments, **values), logits
+        torch.autograd.graph.increment_version(logits)  # whoever kept them for a backward pass of their own is told
+        _save(ctx, (logits, *arguments), {}, outputs)
+        return outputs[:3]
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("grpo_loss on a GPU is differentiable once: leave create_graph=True out")
-        d_logits, grad_scale = ctx.saved_tensors
-        d_logits = d_logits.detach()
-        if d_logits.numel():
-            with device_of(d_logits):
-                scale_rows_kernel[(d_logits.shape[0] * d_logits.shape[1],)](
-                    d_logits_ptr=d_logits,
-                    d_loss_ptr=d_loss.contiguous(),
-                    grad_scale_ptr=grad_scale,
-                    T=d_logits.shape[1],
-                    V=d_logits.shape[2],
-                    stride_b=d_logits.stride(0),
-                    stride_t=d_logits.stride(1),
-                    stride_v=d_logits.stride(2),
-                    **row_launch_config(d_logits.shape[2], row_width(d_logits)),
-                )
-        # The buffer is scaled once: a second backward pass through retain_graph=True is refused by autograd.
-        torch.autograd.graph.increment_version(d_logits)
-        return d_logits, None, None, None
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_logits, *rest = _backward(ctx, *d_outputs)
+        return d_logits, None, *rest
 
 
 def one_launch_loss(
@@ -183,27 +224,35 @@ def one_launch_loss(
     weights = (1 / denominator).expand(len(counts))
     if options.loss.reduction == "sequence_means":
         weights = weights / counts.clamp(min=1)
-    rows = _Rows(
+    compute_entropy = compute_entropy or options.entropy_coef != 0
+    rewards = _flat(arguments.rewards) if advantages is None else None
+    tensors = (
         token_ids.reshape(-1).contiguous(),
-        mask.reshape(-1).contiguous(),
+        None if arguments.mask is None else mask.reshape(-1).contiguous().view(torch.uint8),
         sequence,
         weights.float().contiguous(),
         _flat(advantages),
-        arguments,
+        rewards,
+        None if rewards is None or arguments.group_ids is None else arguments.group_ids.contiguous(),
+        None if rewards is None or arguments.sequence_index is None else arguments.sequence_index.contiguous(),
+        *(_flat(x) for x in (arguments.old_logps, arguments.ref_logps, arguments.sampler_logps)),
         grad_scale,
-        compute_entropy or options.entropy_coef != 0,
+        arguments.num_generations or 0,
+        compute_entropy,
     )
+    values = option_values(options)
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
-    loss, sums, terms, used_advantages = _GRPOLoss.apply(as_grid(logits), rows, has_gradient, inplace)
-    names = ["ratio", *options.loss.clip_metrics]
-    names += ["entropy"] if rows.compute_entropy else []
-    names += ["kl"] if arguments.ref_logps is not None else []
-    names += ["sampler_weight"] if arguments.sampler_logps is not None else []
+    if has_gradient and inplace and not torch.compiler.is_compiling():
+        sums, terms, used_advantages = _LossRowsInPlace.apply(as_grid(logits), values, *tensors)
+    else:
+        sums, terms, used_advantages, _ = loss_rows_op(as_grid(logits), *tensors, has_gradient=has_gradient, **values)
+    loss, sums, terms = sums[TERM_LOSS.value], sums.detach(), terms.detach()
+    names = [name for name in metric_names(arguments) if name != "entropy" or compute_entropy]
     count = counts.sum()
     metrics = {name: (sums[METRIC_TERMS[name]], count) for name in names}
     shape = token_ids.shape
-    given = used_advantages if advantages is None else used_advantages.view(advantages.shape)
-    return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), given
+    used = used_advantages.detach() if advantages is None else advantages.detach().float()
+    return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), used
 
 
 def _launched_advantages(arguments: LossArguments) -> Tensor | None:
@@ -217,13 +266,13 @@ def _launched_advantages(arguments: LossArguments) -> Tensor | None:
     reads_all = arguments.num_generations is None or options.scale_rewards == "batch"
     if (len(rewards) if reads_all else arguments.num_generations or 0) <= MAX_REWARDS_IN_LAUNCH:
         return None
-    advantages = launch_group_advantages(
-        rewards,
-        num_generations=arguments.num_generations,
-        group_ids=arguments.group_ids,
-        scale_rewards=options.scale_rewards,
-        eps=options.advantage_eps,
-        leave_one_out=options.leave_one_out,
+    advantages = group_advantages_op(
+        rewards.detach(),
+        arguments.num_generations,
+        arguments.group_ids,
+        options.scale_rewards,
+        options.advantage_eps,
+        options.leave_one_out,
     )
     index = arguments.sequence_index
     return advantages if index is None else advantages[index.long()]

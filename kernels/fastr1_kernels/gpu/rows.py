@@ -1,4 +1,4 @@
-"""Log-probability and entropy of one token per row of logits, and their gradient: the row kernels.
+"""Log-probability and entropy of one token per row of logits, and their gradient: the row kernels of `rows`.
 
 One program per row. The forward pass is the first pass of `row_passes`, the backward pass the second; m, log2 S and H
 are kept between them, 12 bytes a row. Never materialised: log-softmax, p, float32 copies of the logits. With e bytes a
@@ -184,104 +184,69 @@ def scale_rows_kernel(
             tl.store(b_ptr, (d * scale).to(d_ptr.dtype.element_ty), mask=o_v < V)
 
 
-class _ScoreRows(torch.autograd.Function):
-    """Logits (B, T, V) to logps and entropy (N,). With `inplace` the gradient takes the place of the logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        temperature: float,
-        inplace: bool,
-        compute_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        logps, entropy, top, log2_sum = torch.empty(4, token_ids.numel(), device=logits.device).unbind()
-        if token_ids.numel():
-            with device_of(logits):
-                score_rows_kernel[(token_ids.numel(),)](
-                    logits_ptr=logits,
-                    token_ids_ptr=token_ids,
-                    mask_ptr=mask,
-                    logps_ptr=logps,
-                    entropy_ptr=entropy,
-                    top_ptr=top,
-                    log2_sum_ptr=log2_sum,
-                    T=logits.shape[1],
-                    V=logits.shape[2],
-                    stride_b=logits.stride(0),
-                    stride_t=logits.stride(1),
-                    stride_v=logits.stride(2),
-                    temperature=temperature,
-                    HAS_ENTROPY=compute_entropy,
-                    **row_launch_config(logits.shape[2], row_width(logits)),
-                )
-        ctx.save_for_backward(logits, token_ids, mask, entropy, top, log2_sum)
-        ctx.temperature, ctx.inplace = temperature, inplace
-        ctx.set_materialize_grads(False)
-        if not compute_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("log-probabilities of a kernel are differentiable once: leave create_graph=True out")
-        logits, token_ids, mask, entropy, top, log2_sum = ctx.saved_tensors
-        if d_logps is None and d_entropy is None:
-            return None, None, None, None, None, None
-        d_logps = torch.zeros_like(entropy) if d_logps is None else d_logps.contiguous()
-        d_logits = logits if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        if token_ids.numel():
-            with device_of(logits):
-                gradient_rows_kernel[(token_ids.numel(),)](
-                    logits_ptr=logits,
-                    d_logits_ptr=d_logits,
-                    token_ids_ptr=token_ids,
-                    mask_ptr=mask,
-                    d_logps_ptr=d_logps,
-                    d_entropy_ptr=None if d_entropy is None else d_entropy.contiguous(),
-                    entropy_ptr=entropy,
-                    top_ptr=top,
-                    log2_sum_ptr=log2_sum,
-                    T=logits.shape[1],
-                    V=logits.shape[2],
-                    stride_b=logits.stride(0),
-                    stride_t=logits.stride(1),
-                    stride_v=logits.stride(2),
-                    d_stride_b=d_logits.stride(0),
-                    d_stride_t=d_logits.stride(1),
-                    d_stride_v=d_logits.stride(2),
-                    temperature=ctx.temperature,
-                    **row_launch_config(logits.shape[2], row_width(logits, d_logits)),
-                )
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(logits)
-        return d_logits, None, None, None, None, None
+def launch_scores(
+    logits: Tensor,  # (B, T, V)
+    token_ids: Tensor,  # (N,), N = B·T
+    mask: Tensor | None,  # (N,) uint8
+    temperature: float,
+    compute_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps (N,), entropy (N,), and m and log2 S, (2, N)."""
+    n = token_ids.numel()
+    logps, entropy, state = (torch.empty(shape, device=logits.device) for shape in ((n,), (n,), (2, n)))
+    if n:
+        with device_of(logits):
+            score_rows_kernel[(n,)](
+                logits_ptr=logits,
+                token_ids_ptr=token_ids,
+                mask_ptr=mask,
+                logps_ptr=logps,
+                entropy_ptr=entropy,
+                top_ptr=state[0],
+                log2_sum_ptr=state[1],
+                T=logits.shape[1],
+                V=logits.shape[2],
+                stride_b=logits.stride(0),
+                stride_t=logits.stride(1),
+                stride_v=logits.stride(2),
+                temperature=temperature,
+                HAS_ENTROPY=compute_entropy,
+                **row_launch_config(logits.shape[2], row_width(logits)),
+            )
+    return logps, entropy, state
 
 
-def score_rows(
-    logits: Tensor,  # (..., V), any strides
-    token_ids: Tensor,  # (...,) integers
-    mask: Tensor | None = None,  # (...,) bool; masked rows are not read and score 0
-    *,
-    temperature: float = 1.0,
-    inplace: bool = False,
-    compute_entropy: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """logps and entropy, both (N,) float32, of checked arguments; differentiable once.
-
-    Without `compute_entropy` the entropy is not summed: zeros, without gradient.
-    With `inplace` the backward pass overwrites the logits with their gradient.
-    """
-    mask = None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
-    ids = token_ids.reshape(-1).contiguous()
-    return _ScoreRows.apply(as_grid(logits), ids, mask, float(temperature), inplace, compute_entropy)
-
-
-def as_grid(logits: Tensor) -> Tensor:
-    """(..., V) as (B, T, V): a view of up to three axes, beyond that wherever the strides allow."""
-    if logits.dim() > 3:
-        return logits.reshape(-1, *logits.shape[-2:])
-    return logits[None, None] if logits.dim() == 1 else logits[:, None] if logits.dim() == 2 else logits
+def launch_gradient(
+    logits: Tensor,  # (B, T, V)
+    token_ids: Tensor,  # (N,)
+    mask: Tensor | None,  # (N,) uint8
+    d_logps: Tensor,  # (N,)
+    d_entropy: Tensor | None,  # (N,)
+    entropy: Tensor,  # (N,)
+    state: Tensor,  # (2, N)
+    temperature: float,
+    out: Tensor,  # (B, T, V), may be the logits
+) -> None:
+    if token_ids.numel():
+        with device_of(logits):
+            gradient_rows_kernel[(token_ids.numel(),)](
+                logits_ptr=logits,
+                d_logits_ptr=out,
+                token_ids_ptr=token_ids,
+                mask_ptr=mask,
+                d_logps_ptr=d_logps,
+                d_entropy_ptr=d_entropy,
+                entropy_ptr=entropy,
+                top_ptr=state[0],
+                log2_sum_ptr=state[1],
+                T=logits.shape[1],
+                V=logits.shape[2],
+                stride_b=logits.stride(0),
+                stride_t=logits.stride(1),
+                stride_v=logits.stride(2),
+                d_stride_b=out.stride(0),
+                d_stride_t=out.stride(1),
+                d_stride_v=out.stride(2),
+                temperature=temperature,
+                **row_launch_config(logits.shape[2], row_width(logits, out)),
+            )
