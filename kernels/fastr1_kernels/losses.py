@@ -1,9 +1,9 @@
 """The GRPO family of losses, from logits or straight from hidden states: the public doors.
 
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
-On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`), else two
-row launches (`gpu.rows`) with torch between them. On a CPU the reference scores the rows. `linear_grpo_loss` computes
-loss and gradients a chunk of rows at a time (`linear`). `dispatch` has the rules, `token_loss` what follows the scores.
+On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`). Else, and on
+a CPU, rows are scored and differentiated by `rows`, with `token_loss` between. `linear_grpo_loss` computes loss and
+gradients a chunk of rows at a time (`linear`, inside `torch.compile` by `compiled`). `dispatch` has the rules.
 """
 
 from __future__ import annotations
