@@ -113,7 +113,7 @@ def group_advantages(
     scored = ~rewards.isnan()
     if group_ids is None:  # (K, G): a row is a group and has its statistics
         own = grid = rewards.view(-1, num_generations or 1)
-        member = scored.view(grid.shape)
+        member = scored.view_as(grid)
     else:  # (B, B): a row has those of the group of one reward
         grid, member = rewards[None, :], (group_ids == group_ids[:, None]) & scored
         own = rewards[:, None]
@@ -121,7 +121,6 @@ def group_advantages(
     mean = torch.where(member, grid, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
     highest = torch.where(member, grid, -math.inf).amax(1, keepdim=True)
     lowest = torch.where(member, grid, math.inf).amin(1, keepdim=True)
-
     centred = own - mean
     if leave_one_out:  # r minus the mean of the others
         centred = centred * count / (count - 1).clamp(min=1)
