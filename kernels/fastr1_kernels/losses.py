@@ -1,8 +1,8 @@
 """The GRPO family of losses, from logits or straight from hidden states: the public doors.
 
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
-On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`). Else, and on
-a CPU, rows are scored and differentiated by `rows`, with `token_loss` between. `linear_grpo_loss` computes loss and
+On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`). Else, and
+on a CPU, rows are scored and differentiated by `rows`, with `token_loss` between. `linear_grpo_loss` computes loss and
 gradients a chunk of rows at a time (`linear`, inside `torch.compile` by `compiled`). `dispatch` has the rules.
 """
 

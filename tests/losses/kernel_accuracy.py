@@ -17,8 +17,8 @@ def rounding_floor(dtype: torch.dtype, device: str) -> float:
 
 
 def assert_as_accurate(got: Tensor, yardstick: Tensor, gold: Tensor, floor: float = 1e-6) -> None:
-    """The largest error is at most twice that of the yardstick plus `floor` of the largest value; subnormal numbers have
-    no digits to be accurate in."""
+    """The largest error is at most twice that of the yardstick plus `floor` of the largest value; subnormal numbers
+    have no digits to be accurate in."""
     assert got.shape == yardstick.shape == gold.shape
     if gold.numel() == 0:
         return
