@@ -21,6 +21,8 @@ ROWS = ("tests/losses/test_row_kernels.py", "tests/losses/test_logps.py", "tests
 LOSS_KERNEL = ("tests/losses/test_loss_kernels.py", "tests/losses/test_losses.py")
 ADVANTAGES = ("tests/losses/test_advantages.py",)
 LINEAR = ("tests/losses/test_linear_logps.py", "tests/losses/test_linear_loss.py")
+LOGPS = ("tests/losses/test_logps.py", "tests/losses/test_loss_numbers.py", "tests/losses/test_losses.py")
+COMPILED = ("tests/losses/test_compiled.py",)
 COMPAT = ("tests/losses/test_compat_liger.py", "tests/losses/test_compat_trl.py", "tests/losses/test_compat_verl.py")
 
 
@@ -108,9 +110,9 @@ MUTATIONS = (
     one(
         "biased deviation",
         ADVANTAGES,
-        "reference.py",
-        "square / (count - 1).clamp(min=1)",
-        "square / count.clamp(min=1)",
+        "torch_advantages.py",
+        "add(centred.square()) / (count - 1)",
+        "add(centred.square()) / count",
     ),
     one(
         "softcap without its scale",
@@ -167,7 +169,42 @@ MUTATIONS = (
         "advantage = reward",
         True,
     ),
+    # Rows in plain torch
+    one("entropy without its logarithm", LOGPS, "torch_rows.py", "(log_total - shifted.mul_(e)", "(-shifted.mul_(e)"),
+    one(
+        "log-probability of the largest", LOGPS, "torch_rows.py", "(token - log_total).squeeze", "(-log_total).squeeze"
+    ),
+    one(
+        "temperature squared", LOGPS, "torch_rows.py", "(-g / (temperature * total))", "(-g / (temperature**2 * total))"
+    ),
+    one("token left out of its gradient", LOGPS, "torch_rows.py", "0), g / temperature)", "0), 0 * g)"),
+    one("slope of the entropy", LOGPS, "torch_rows.py", "entropy[number, None] - total.log()", "entropy[number, None]"),
+    one("dead rows keep what was there", LOSS_KERNEL, "torch_rows.py", "squeeze(1), 0.0)\n", "squeeze(1)[:0], 0.0)\n"),
+    one("rows of another sequence", LOSS_KERNEL, "torch_rows.py", "else pick + first", "else pick"),
+    # Inside torch.compile
+    one("unit forgotten", COMPILED, "compiled.py", "factor = d_loss * unit", "factor = d_loss"),
+    one(
+        "gradients of another input",
+        COMPILED,
+        "compiled.py",
+        "*tensors, entropy, state = ctx",
+        "*tensors, state, entropy = ctx",
+    ),
+    one(
+        "metrics in another order",
+        COMPILED,
+        "compiled.py",
+        "for i, name in enumerate(names)",
+        "for i, name in enumerate(names[::-1])",
+    ),
     # The linear head
+    one(
+        "logits restored without their shift",
+        LINEAR,
+        "chunk.py",
+        "x[rows].sub_(self.top[rows]).exp_()",
+        "x[rows].exp_()",
+    ),
     Mutation(
         "gradient of the hidden states",
         LINEAR,

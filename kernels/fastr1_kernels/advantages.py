@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import torch_advantages
 from .checks import check_advantage_options, check_groups
 from .dispatch import may_read_values, rewards_use_triton
 
@@ -73,8 +73,8 @@ def dispatch_group_advantages(
     """`group_advantages` of checked arguments."""
     scale = {"scale_rewards": scale_rewards, "eps": eps, "leave_one_out": leave_one_out}
     if rewards_use_triton(rewards) and not noise_std:
-        from .gpu.advantages import group_advantages_op  # triton exists on Linux only
+        from .gpu.advantages import launch_group_advantages  # triton exists on Linux only
 
-        return group_advantages_op(rewards.detach(), num_generations, group_ids, **scale)
+        return launch_group_advantages(rewards.detach(), num_generations, group_ids, **scale)
     noise = {"noise_std": noise_std, "generator": generator}
-    return reference.group_advantages(rewards, num_generations, group_ids=group_ids, **scale, **noise)  # type: ignore[arg-type]
+    return torch_advantages.group_advantages(rewards, num_generations, group_ids=group_ids, **scale, **noise)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import LossArguments
 from .head import HeadOptions, HeadTensors, sum_dtype
-from .linear import linear_loss, linear_rows, logps_gradients, score_chunks
+from .linear import ONCE, linear_loss, linear_rows, logps_gradients, score_chunks
 from .options import OPTIONS_SCHEMA, LossOptions, option_values
 from .token_loss import LossOutput, metric_names
 
@@ -97,6 +97,8 @@ def _save_logps(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str
 
 
 def _logps_backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
     *tensors, entropy, state = ctx.saved_tensors
     if d_logps is None and d_entropy is None:
         return (None,) * 8
@@ -122,7 +124,9 @@ def compiled_linear_loss(
 ) -> tuple[LossOutput, Tensor]:
     """`linear.linear_loss` as one operator, without the values of any tensor."""
     a = arguments
-    is_number = not isinstance(a.normalizer, Tensor)
+    normalizer = a.normalizer
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=torch.float64, device=hidden.device)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, *head)]
     loss, unit, sums, count, logps, entropy, advantages, _ = linear_loss_op(
         hidden,
@@ -138,8 +142,7 @@ def compiled_linear_loss(
         a.old_logps,
         a.ref_logps,
         a.sampler_logps,
-        None if is_number else a.normalizer,
-        float(a.normalizer) if is_number and a.normalizer is not None else None,
+        normalizer,
         a.num_generations,
         chunk_size,
         num_loss_tokens,
@@ -148,17 +151,16 @@ def compiled_linear_loss(
         **option_values(a.options),
     )
     names = metric_names(a)
+    sums = sums.detach()
     metrics = {name: (sums[i], count) for i, name in enumerate(names)}
     return (loss, metrics, logps.detach(), entropy.detach(), advantages.detach()), unit
 
 
 def _linear_loss(hidden: Tensor, *inputs: Any, **values: Any) -> tuple[Any, ...]:
     head, (token_ids, mask, temperatures), given, numbers = inputs[:4], inputs[4:7], inputs[7:16], inputs[16:]
-    normalizer, num_generations, chunk_size, num_loss_tokens, needed = numbers
+    num_generations, chunk_size, num_loss_tokens, needed = numbers
     head_options = HeadOptions(temperature=values["temperature"], **{n: values.pop(n) for n in _HEAD_OPTIONS})
     tensors = dict(zip(_GIVEN, given, strict=True))
-    if tensors["normalizer"] is None:
-        tensors["normalizer"] = normalizer
     arguments = LossArguments(
         options=LossOptions(**values), mask=mask, num_generations=num_generations, check_values=False, **tensors
     )
@@ -192,8 +194,8 @@ linear_loss_op = torch.library.custom_op(
     mutates_args=(),
     schema=f"(Tensor hidden, {_HEAD_SCHEMA}, Tensor token_ids, Tensor mask, Tensor? temperatures, Tensor? cu_seqlens, "
     "Tensor? rewards, Tensor? group_ids, Tensor? sequence_index, Tensor? advantages, Tensor? old_logps, "
-    "Tensor? ref_logps, Tensor? sampler_logps, Tensor? normalizer, float? count, int? num_generations, "
-    f"int? chunk_size, int? num_loss_tokens, bool[] needed, *, {_HEAD_OPTIONS_SCHEMA}, {OPTIONS_SCHEMA}) "
+    "Tensor? ref_logps, Tensor? sampler_logps, Tensor? normalizer, int? num_generations, "
+    f"int? chunk_size, SymInt? num_loss_tokens, bool[] needed, *, {_HEAD_OPTIONS_SCHEMA}, {OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 
@@ -224,6 +226,8 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str,
 
 
 def _loss_backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(ONCE)
     unit, *gradients = ctx.saved_tensors
     factor = d_loss * unit
     wide = (x.to(sum_dtype(x.dtype)) * factor if need else None for x, need in zip(gradients, ctx.needed, strict=True))

@@ -149,7 +149,7 @@ def grpo_loss(
     check_rows("logits", logits, token_ids)
     mask = _check(arguments, token_ids, logits.shape[-1])
     check_grad_scale(grad_scale)
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():
         check_inplace(logits)
     return _loss_of_logits(logits, token_ids, mask, arguments, inplace, grad_scale)
 

@@ -1,7 +1,7 @@
-"""The specification: every public operation once, in plain torch, without memory tricks.
+"""The specification: every operation on logits and log-probabilities once, in plain torch, without memory tricks.
 
 It runs in float32 (half types are raised to it) and, given float64, in float64, which is the gold of the tests. Nothing
-is validated here; the public functions of `losses`, `logps` and `advantages` do that. Which objective, reduction and
+is validated here; the public functions of `losses` and `logps` do that. Which objective, reduction and
 denominator a loss has is read from its row of `options.LOSSES`.
 
 Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary, K groups.
@@ -95,48 +95,6 @@ def linear_logps(
     """`selective_log_softmax` of the logits of a linear head."""
     logits = linear_logits(hidden, weight, **head)
     return selective_log_softmax(logits, token_ids, temperature, top_k=top_k, top_p=top_p)
-
-
-def group_advantages(
-    rewards: Tensor,  # (B,), NaN = unscorable
-    num_generations: int | None = None,  # groups are consecutive runs of so many
-    *,
-    group_ids: Tensor | None = None,  # (B,) integers, any values; instead
-    scale_rewards: str = "group",
-    eps: float = 1e-4,
-    leave_one_out: bool = False,
-    noise_std: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """(r - mean) / (std + eps) within each group, std unbiased; 0 where a group has fewer than two distinct rewards."""
-    rewards = upcast(rewards.detach())
-    scored = ~rewards.isnan()
-    if group_ids is None:  # (K, G): a row is a group and has its statistics
-        own = grid = rewards.view(-1, num_generations or 1)
-        member = scored.view_as(grid)
-    else:  # (B, B): a row has those of the group of one reward
-        grid, member = rewards[None, :], (group_ids == group_ids[:, None]) & scored
-        own = rewards[:, None]
-    count = member.sum(1, keepdim=True)
-    mean = torch.where(member, grid, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    highest = torch.where(member, grid, -math.inf).amax(1, keepdim=True)
-    lowest = torch.where(member, grid, math.inf).amin(1, keepdim=True)
-    centred = own - mean
-    if leave_one_out:  # r minus the mean of the others
-        centred = centred * count / (count - 1).clamp(min=1)
-    if scale_rewards == "group":
-        square = torch.where(member, (grid - mean).square(), 0.0).sum(1, keepdim=True)
-        centred = centred / ((square / (count - 1).clamp(min=1)).sqrt() + eps)
-    elif scale_rewards == "batch":
-        total = scored.sum()
-        deviation = torch.where(scored, rewards - torch.where(scored, rewards, 0.0).sum() / total.clamp(min=1), 0.0)
-        centred = centred / ((deviation.square().sum() / (total - 1).clamp(min=1)).sqrt() + eps)
-    # Equal rewards have a rounding residue for a deviation; divided by eps it would train on noise.
-    advantages = torch.where(highest > lowest, centred, 0.0).view(-1)
-    if noise_std:
-        noise = torch.randn(rewards.shape, generator=generator, dtype=rewards.dtype, device=rewards.device)
-        advantages = advantages + noise_std * noise
-    return torch.where(scored, advantages, 0.0)
 
 
 def kl_divergence(logps: Tensor, ref_logps: Tensor, estimator: str = "k3", clamp: float | None = 20.0) -> Tensor:

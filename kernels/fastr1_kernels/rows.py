@@ -1,8 +1,9 @@
 """Log-probability and entropy of one token per row of logits, differentiable once: one operator, two backends.
 
 Forward gives log-probabilities, entropies and two numbers a row from which backward makes the gradient of the logits,
-in one more reading of them. `gpu.rows` does it in Triton, `torch_rows` elsewhere; `dispatch` has the rule. Both
-directions are operators of torch, `fastr1::score_rows` and `fastr1::row_gradients`, which `torch.compile` takes whole.
+in one more reading of them. `gpu.rows` does it in Triton, `torch_rows` elsewhere; `dispatch` has the rule. Inside
+`torch.compile` both directions are operators of torch, `fastr1::score_rows` and `fastr1::row_gradients`. Eager code
+does without: calling an operator that is written in Python costs more, and the first time imports the compiler.
 """
 
 from __future__ import annotations
@@ -35,17 +36,16 @@ def score_rows(
     overwrites the logits with their gradient; inside `torch.compile`, which plans memory itself, it has no effect.
     """
     mask = None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
-    ids = token_ids.reshape(-1).contiguous()
-    is_in_place = inplace and not torch.compiler.is_compiling()
-    score = _ScoreRowsInPlace.apply if is_in_place else score_rows_op
-    logps, entropy, _ = score(as_grid(logits), ids, mask, float(temperature), compute_entropy)
+    arguments = (as_grid(logits), token_ids.reshape(-1).contiguous(), mask, float(temperature), compute_entropy)
+    is_compiling = torch.compiler.is_compiling()
+    logps, entropy, _ = score_rows_op(*arguments) if is_compiling else _ScoreRows.apply(*arguments, inplace)
     return logps, entropy if compute_entropy else entropy.detach()
 
 
 def as_grid(logits: Tensor) -> Tensor:
     """(..., V) as (B, T, V): a view of up to three axes, beyond that wherever the strides allow."""
     if logits.dim() > 3:
-        return logits.reshape(-1, *logits.shape[-2:])
+        return logits.flatten(0, -3)
     return logits[None, None] if logits.dim() == 1 else logits[:, None] if logits.dim() == 2 else logits
 
 
@@ -127,9 +127,9 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Scores) -> None:
-    logits, token_ids, mask, temperature, _ = inputs
+    logits, token_ids, mask, temperature, _, *inplace = inputs
     ctx.save_for_backward(logits, token_ids, mask, *output[1:])
-    ctx.temperature = temperature
+    ctx.temperature, ctx.inplace = temperature, inplace == [True]
     ctx.set_materialize_grads(False)
 
 
@@ -138,7 +138,7 @@ def _saved(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None) -> tuple[
     if torch.is_grad_enabled():
         raise RuntimeError(ONCE)
     logits, token_ids, mask, entropy, state = ctx.saved_tensors
-    return logits, token_ids, mask, d_logps, d_entropy, entropy, state, ctx.temperature
+    return logits.detach(), token_ids, mask, d_logps, d_entropy, entropy, state, ctx.temperature
 
 
 def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -150,12 +150,12 @@ def _backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, _: Ten
 score_rows_op.register_autograd(_backward, setup_context=_save)
 
 
-class _ScoreRowsInPlace(torch.autograd.Function):
-    """The operator, whose gradient takes the place of the logits."""
+class _ScoreRows(torch.autograd.Function):
+    """The operator for eager code, where the gradient may take the place of the logits."""
 
     @staticmethod
     def forward(*inputs: Any) -> Scores:
-        return compute_scores(*inputs)
+        return compute_scores(*inputs[:-1])
 
     setup_context = staticmethod(_save)
 
@@ -163,7 +163,9 @@ class _ScoreRowsInPlace(torch.autograd.Function):
     def backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         logits, *arguments = _saved(ctx, d_logps, d_entropy)
         if d_logps is None and d_entropy is None:
-            return (None,) * 5
-        write_gradient(logits, logits, *arguments)
-        torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None
+            return (None,) * 6
+        d_logits = logits if ctx.inplace else _empty_like(logits)
+        write_gradient(d_logits, logits, *arguments)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return d_logits, None, None, None, None, None

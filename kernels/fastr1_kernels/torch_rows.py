@@ -28,7 +28,7 @@ def score(
     temperature: float,
     compute_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logps (N,), entropy (N,) and what `gradient` needs, (2, N); 0 in masked rows, S 1."""
+    """logps (N,), entropy (N,), and m and S, (2, N); logps and entropy are 0 in masked rows."""
     n, dtype = token_ids.numel(), sum_dtype(logits.dtype)
     logps, entropy = logits.new_zeros(n, dtype=dtype), logits.new_zeros(n, dtype=dtype)
     state = torch.zeros(2, n, dtype=dtype, device=logits.device)
@@ -39,7 +39,7 @@ def score(
             number = _shift(pick, first)
             x, ids = _read(rows[pick], number, live), token_ids[number, None].long()
             top = x.amax(1, keepdim=True).to(dtype)
-            shifted = torch.add(top * (-1 / temperature), x, alpha=1 / temperature, out=scratch[0][: len(x)])
+            shifted = _shifted(x, top, temperature, scratch[0])
             token = shifted.gather(1, ids if live is None else torch.where(live[number, None], ids, 0))
             if compute_entropy:
                 shifted.clamp_(min=-1e30)  # a column of -inf has weight 0 and moment 0, not 0 · (-inf)
@@ -70,18 +70,19 @@ def gradient(
     dtype = sum_dtype(logits.dtype)
     live = (d_logps != 0) | state[1].isnan()  # 0 · NaN is NaN
     live = live if d_entropy is None else live | (d_entropy != 0)
-    live = live if mask is None else live & mask.bool()
+    unmasked = None if mask is None else mask.bool()
+    live = live if unmasked is None else live & unmasked
     scratch = _scratch(logits, 1 if d_entropy is None else 2)
     for first, (rows, d_rows) in _views(logits, out):
         for pick in _picks(rows, first, live):
             number = _shift(pick, first)
-            x, ids = _read(rows[pick], number, live), token_ids[number, None].long()
+            x, ids = _read(rows[pick], number, unmasked), token_ids[number, None].long()
             top, total = state[:, number, None]
             g = torch.where(live[number], d_logps[number].to(dtype), 0.0)[:, None]
             direct = isinstance(pick, slice) and out.dtype == dtype
             d = d_rows[pick] if direct else scratch[-1][: len(x)]
             into = d if d_entropy is None else scratch[0][: len(x)]
-            shifted = torch.add(top * (-1 / temperature), x, alpha=1 / temperature, out=into)
+            shifted = _shifted(x, top, temperature, into)
             if d_entropy is None:
                 d = shifted.exp_().mul_(-g / (temperature * total))
             else:
@@ -126,9 +127,15 @@ def _shift(pick: Pick, first: int) -> Pick:
     return slice(pick.start + first, pick.stop + first) if isinstance(pick, slice) else pick + first
 
 
-def _read(rows: Tensor, number: Pick, live: Tensor | None) -> Tensor:
-    """What stands in a row that is not live, NaN included, must not reach a sum."""
-    return rows if live is None or may_read(rows) else torch.where(live[number, None], rows, 0.0)
+def _read(rows: Tensor, number: Pick, unmasked: Tensor | None) -> Tensor:
+    """What stands in a masked row, NaN included, must not reach a sum."""
+    return rows if unmasked is None or may_read(rows) else torch.where(unmasked[number, None], rows, 0.0)
+
+
+def _shifted(x: Tensor, top: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """(x - top) / temperature, exactly 0 at the largest."""
+    shifted = torch.sub(x, top, out=out[: len(x)])
+    return shifted if temperature == 1 else shifted.mul_(1 / temperature)
 
 
 def _block(logits: Tensor) -> int:

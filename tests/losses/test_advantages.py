@@ -13,7 +13,7 @@ from kernel_accuracy import assert_as_accurate, rand
 from safetensors.torch import load_file
 from shared_data import shared_path
 
-from fastr1_kernels import group_advantages, reference
+from fastr1_kernels import group_advantages, torch_advantages
 
 NAN, INF = float("nan"), float("inf")
 
@@ -65,8 +65,8 @@ def test_kernel_matches_the_reference(
     options = {"scale_rewards": scale, "leave_one_out": leave_one_out, "eps": 1e-4}
     moved = {k: kernels.put(v) for k, v in layout.items()}
     got = group_advantages(rewards.to(kernels.device), **moved, **options)
-    gold = reference.group_advantages(rewards.double(), group_ids=ids, **options)
-    assert_as_accurate(got, reference.group_advantages(rewards, group_ids=ids, **options), gold)
+    gold = torch_advantages.group_advantages(rewards.double(), group_ids=ids, **options)
+    assert_as_accurate(got, torch_advantages.group_advantages(rewards, group_ids=ids, **options), gold)
     assert got[rewards.isnan()].eq(0).all()
     assert got.dtype == torch.float32
 

@@ -161,6 +161,31 @@ def test_wrong_shapes_are_refused_inside() -> None:
         call(TORCH.put(LOGITS))
 
 
+def test_inplace_with_dynamic_lengths() -> None:
+    call = compiled(
+        lambda x, i, a: grpo_loss(x * 1, i, advantages=a, loss_type="bnpo", inplace=True).loss, dynamic=True
+    )
+    assert call(LOGITS, TOKEN_IDS, REWARDS).isfinite()
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_a_number_of_tokens_that_changes(linear: bool) -> None:
+    """More calls than torch compiles again for one function."""
+    torch._dynamo.reset()
+    inputs = (HIDDEN, WEIGHT) if linear else (LOGITS,)
+    function = linear_grpo_loss if linear else grpo_loss
+    loss = lambda n: function(*inputs, TOKEN_IDS, advantages=REWARDS, loss_type="dapo", normalizer=n).loss  # noqa: E731
+    call = compiled(loss)
+    for n in range(3, 15):
+        torch.testing.assert_close(call(n), loss(n))
+
+
+def test_metrics_carry_no_graph(backend: Backend) -> None:
+    call = compiled(lambda h, w, i: linear_grpo_loss(h, w, i, **placed(backend, CASES["grpo"])).metrics)
+    metrics = call(backend.put(HIDDEN).clone().requires_grad_(), backend.put(WEIGHT), backend.put(TOKEN_IDS))
+    assert not any(x.requires_grad for pair in metrics.values() for x in pair)
+
+
 @pytest.mark.slow
 def test_inductor() -> None:
     """The default TORCH, which writes code of its own for what lies between the operators."""
@@ -215,25 +240,6 @@ def test_operators_pass_the_checks_of_torch(backend: Backend, monkeypatch: pytes
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         checks += () if func.__name__.startswith("grpo_rows") else ("test_aot_dispatch_dynamic",)
         torch.library.opcheck(func, tuple(own), kwargs, test_utils=checks)
-
-
-def test_the_launches_do_not_wait(kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operator hides from the counter of waits what it does."""
-    from fastr1_kernels.gpu import advantages, loss
-    from fastr1_kernels.rows import compute_scores, write_gradient
-
-    calls = []
-    for module, name in ((loss, "loss_rows_op"), (loss, "scale_rows_op"), (advantages, "group_advantages_op")):
-        original = getattr(module, name)
-        calls.append(original)
-        monkeypatch.setattr(module, name, original._init_fn)
-    logits, ids = kernels.put(LOGITS), kernels.put(TOKEN_IDS).flatten()
-    arguments = placed(kernels, CASES["grpo"])
-    with WaitCounter() as counter:
-        logps, entropy, state = compute_scores(logits, ids, None, 0.7, True)
-        write_gradient(torch.empty_like(logits), logits, ids, None, logps, entropy, entropy, state, 0.7)
-        grpo_loss(logits.clone().requires_grad_() * 1.0, kernels.put(TOKEN_IDS), check_values=False, **arguments)
-    assert counter.seen == []
 
 
 def test_torch_rows_do_not_wait_off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

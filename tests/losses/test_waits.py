@@ -7,12 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Backend
 from counters import WaitCounter
 from kernel_accuracy import rand
-from loss_cases import CU_SEQLENS, MASK, TOKEN_IDS, B, D, T, V, by_case, pack
+from loss_cases import CU_SEQLENS, MASK, TOKEN_IDS, B, D, T, V, by_case, by_some, pack
 from torch import Tensor
 
-from fastr1_kernels import group_advantages, grpo_loss, linear_grpo_loss, linear_logps, selective_log_softmax
+from fastr1_kernels import (
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logps,
+    selective_log_softmax,
+    torch_rows,
+)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows on a CPU are sought by value, which costs nothing there."""
+    monkeypatch.setattr(torch_rows, "may_read", lambda rows: False)
+
 
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.25], dtype=torch.float64)
 
@@ -71,7 +86,8 @@ def test_tensors_that_are_checked_by_value_are_not_read(linear: bool) -> None:
     assert len(counter.seen) >= 5  # mask, normalizer, index, rewards, ids
 
 
-LOGITS, IDS = rand(3, V), TOKEN_IDS[0, :3]
+LABELS = torch.tensor([7, -1, 7, -1])
+LOGITS, IDS, LOGITS_OF_ALL = rand(3, V), TOKEN_IDS[0, :3], rand(B, T, V)
 CALLS: dict[str, Callable[..., Tensor]] = {
     "selective_log_softmax": lambda **o: selective_log_softmax(LOGITS.clone().requires_grad_(), IDS, **o),
     "linear_logps": lambda **o: linear_logps(rand(3, D).requires_grad_(), rand(V, D).requires_grad_(), IDS, **o),
@@ -84,6 +100,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
         )
         for scale in ("group", "batch", "none")
     },
+    "group_advantages of labels": lambda **o: group_advantages(REWARDS, group_ids=LABELS, **o),
 }
 
 
@@ -97,6 +114,17 @@ def test_functions_do_not_wait(name: str) -> None:
     with WaitCounter() as counter:
         CALLS[name]()
     assert counter.seen
+
+
+@by_some
+def test_kernels_do_not_wait(kernels: Backend, arguments: dict[str, Any]) -> None:
+    given = {
+        k: kernels.put(v) for k, v in ({"mask": MASK, "rewards": REWARDS, "num_generations": 2} | arguments).items()
+    }
+    logits, ids = kernels.put(LOGITS_OF_ALL).clone().requires_grad_(), kernels.put(TOKEN_IDS)
+    with WaitCounter() as counter:
+        (3 * grpo_loss(logits, ids, check_values=False, **given).loss).backward()
+    assert counter.seen == []
 
 
 def test_the_counter_sees_waits() -> None:

@@ -106,8 +106,7 @@ def group_advantages_kernel(
     tl.store(advantages_ptr + i_r, advantage)
 
 
-@torch.library.custom_op("fastr1::group_advantages", mutates_args=())
-def group_advantages_op(
+def compute_group_advantages(
     rewards: Tensor,  # (R,) any real dtype but float64
     num_generations: int | None,
     group_ids: Tensor | None,  # (R,) integers
@@ -134,6 +133,15 @@ def group_advantages_op(
     return advantages
 
 
+group_advantages_op = torch.library.custom_op("fastr1::group_advantages", compute_group_advantages, mutates_args=())
+
+
 @group_advantages_op.register_fake
 def _(rewards: Tensor, *_: Any, **__: Any) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=torch.float32)
+
+
+def launch_group_advantages(*arguments: Any, **options: Any) -> Tensor:
+    """`compute_group_advantages`, as an operator inside `torch.compile`."""
+    call = group_advantages_op if torch.compiler.is_compiling() else compute_group_advantages
+    return call(*arguments, **options)

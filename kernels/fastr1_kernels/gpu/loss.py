@@ -24,6 +24,7 @@ to zeros before the factor is known (`dispatch.knows_gradient`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from ..options import OPTIONS_SCHEMA, LossOptions, option_values
 from ..reference import Metrics
 from ..rows import as_grid
 from ..token_loss import metric_names
-from .advantages import BLOCK_REWARDS, group_advantages_op
+from .advantages import BLOCK_REWARDS, launch_group_advantages
 from .loss_kernel import grpo_rows_kernel
 from .policy import policy_arguments
 from .rows import row_launch_config, row_width, scale_rows_kernel
@@ -145,8 +146,7 @@ def _(logits: Tensor, token_ids: Tensor, *arguments: Any, has_gradient: bool, **
     return weights.new_empty(NUM_TERMS), terms, computed, _new_gradient(logits, has_gradient)
 
 
-@torch.library.custom_op("fastr1::scale_rows_", mutates_args=("d_logits",))
-def scale_rows_op(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -> None:
+def scale_rows(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -> None:
     """d_logits (B, T, V) *= d_loss / grad_scale, both 0-d; not touched where that is 1."""
     if d_logits.numel():
         with device_of(d_logits):
@@ -163,38 +163,52 @@ def scale_rows_op(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -
             )
 
 
+scale_rows_op = torch.library.custom_op("fastr1::scale_rows_", scale_rows, mutates_args=("d_logits",))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[-1], inputs[GRAD_SCALE])
     ctx.num_inputs = len(inputs)
 
 
-def _backward(ctx: Any, d_sums: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _scaled(ctx: Any, d_sums: Tensor, scale: Callable[..., None]) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs; that of the logits was written in the forward pass."""
     if torch.is_grad_enabled():
-        raise RuntimeError("grpo_loss on a GPU is differentiable once: leave create_graph=True out")
+        raise RuntimeError("grpo_loss is differentiable once: leave create_graph=True out")
     d_logits, grad_scale = ctx.saved_tensors
     # The buffer is scaled once: a second backward pass through retain_graph=True is refused by autograd.
     d_logits = d_logits.detach()
-    scale_rows_op(d_logits, d_sums[TERM_LOSS.value], grad_scale)
+    scale(d_logits, d_sums[TERM_LOSS.value], grad_scale)
     return d_logits, *(None,) * (ctx.num_inputs - 1)
+
+
+def _backward(ctx: Any, d_sums: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _scaled(ctx, d_sums, scale_rows_op)
 
 
 loss_rows_op.register_autograd(_backward, setup_context=_save)
 
 
-class _LossRowsInPlace(torch.autograd.Function):
-    """The operator, whose gradient takes the place of the logits during its forward pass."""
+class _LossRows(torch.autograd.Function):
+    """The operator for eager code, whose gradient may take the place of the logits during its forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, values: dict[str, Any], *arguments: Any) -> tuple[Tensor, ...]:
-        outputs = *_launch(logits, logits, *arguments, **values), logits
-        torch.autograd.graph.increment_version(logits)  # whoever kept them for a backward pass of their own is told
-        _save(ctx, (logits, *arguments), {}, outputs)
-        return outputs[:3]
+    def forward(
+        ctx: Any, logits: Tensor, has_gradient: bool, inplace: bool, values: dict[str, Any], *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        inplace = inplace and has_gradient
+        d_logits = logits if inplace else _new_gradient(logits, has_gradient)
+        outputs = _launch(d_logits if has_gradient else None, logits, *arguments, **values)
+        if inplace:  # whoever kept the logits for a backward pass of their own must be told
+            torch.autograd.graph.increment_version(logits)
+        _save(ctx, (logits, *arguments), {}, (d_logits,))
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        d_logits, *rest = _backward(ctx, *d_outputs)
-        return d_logits, None, *rest
+    def backward(ctx: Any, d_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_logits, *rest = _scaled(ctx, d_sums, scale_rows)
+        torch.autograd.graph.increment_version(ctx.saved_tensors[0])
+        return d_logits, None, None, None, *rest
 
 
 def one_launch_loss(
@@ -242,16 +256,17 @@ def one_launch_loss(
     )
     values = option_values(options)
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if has_gradient and inplace and not torch.compiler.is_compiling():
-        sums, terms, used_advantages = _LossRowsInPlace.apply(as_grid(logits), values, *tensors)
+    grid = as_grid(logits)
+    if torch.compiler.is_compiling():
+        sums, terms, computed, _ = loss_rows_op(grid, *tensors, has_gradient=has_gradient, **values)
     else:
-        sums, terms, used_advantages, _ = loss_rows_op(as_grid(logits), *tensors, has_gradient=has_gradient, **values)
+        sums, terms, computed = _LossRows.apply(grid, has_gradient, inplace, values, *tensors)
     loss, sums, terms = sums[TERM_LOSS.value], sums.detach(), terms.detach()
     names = [name for name in metric_names(arguments) if name != "entropy" or compute_entropy]
     count = counts.sum()
     metrics = {name: (sums[METRIC_TERMS[name]], count) for name in names}
     shape = token_ids.shape
-    used = used_advantages.detach() if advantages is None else advantages.detach().float()
+    used = computed.detach() if advantages is None else advantages.detach().float()
     return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), used
 
 
@@ -266,7 +281,7 @@ def _launched_advantages(arguments: LossArguments) -> Tensor | None:
     reads_all = arguments.num_generations is None or options.scale_rewards == "batch"
     if (len(rewards) if reads_all else arguments.num_generations or 0) <= MAX_REWARDS_IN_LAUNCH:
         return None
-    advantages = group_advantages_op(
+    advantages = launch_group_advantages(
         rewards.detach(),
         arguments.num_generations,
         arguments.group_ids,
