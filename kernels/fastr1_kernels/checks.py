@@ -172,8 +172,7 @@ def check_inplace(logits: Tensor) -> None:
     """Refuse logits whose gradient cannot take their place."""
     if _overlaps(logits):
         raise ValueError(f"inplace=True: logits of strides {logits.stride()} share memory, give a copy")
-    owner = logits if logits._base is None else logits._base
-    is_parameter = owner.requires_grad and owner.is_leaf and torch.is_grad_enabled()
+    is_parameter = logits.requires_grad and logits.is_leaf and torch.is_grad_enabled()
     require(not is_parameter, "inplace=True would overwrite logits that are a leaf of the graph: leave it out")
 
 

@@ -91,8 +91,6 @@ def test_the_gradient_in_place_has_no_graph() -> None:
     (gradient,) = torch.autograd.grad(grpo_loss(logits, IDS, inplace=True, **loss).loss, logits)  # type: ignore[arg-type]
     assert not gradient.requires_grad
     assert gradient.data_ptr() == logits.data_ptr()
-    with pytest.raises(ValueError, match="leaf"):
-        grpo_loss(rand(6, 9).requires_grad_().view(2, 3, 9), IDS, inplace=True, **loss)  # type: ignore[arg-type]
 
 
 def test_a_first_call_does_not_import_the_compiler() -> None:
