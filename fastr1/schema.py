@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+if TYPE_CHECKING:  # the processes that rewards run in start without torch
+    import torch
 
 
 class DataError(ValueError):
@@ -104,6 +105,8 @@ class Update(Generic[S]):
     @property
     def is_valid(self) -> torch.Tensor:
         """(B,) bool on the CPU."""
+        import torch
+
         return torch.tensor([pixels is not None for pixels in self.pixels])
 
 

@@ -11,6 +11,7 @@ prompt is forwarded once for its G completions (with gradient checkpointing, onc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def run_grpo(config: TrainConfig) -> Path:
 
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[Sample](config, load_questions, prompt_ids) as run:
-        return run.train(GRPOTrainer(run).step)
+    with TrainingRun[Sample](config, load_questions, prompt_ids) as run, closing(GRPOTrainer(run)) as trainer:
+        return run.train(trainer.step)
 
 
 def prompt_ids(processor: Processor, data: DataConfig, sample: Sample) -> torch.Tensor:
@@ -85,6 +86,10 @@ class GRPOTrainer:
             "learning_rate": learning_rate,
         }
         return metrics, rollout_rows(batch)
+
+    def close(self) -> None:
+        """End what the reward functions run in."""
+        self.scorer.close()
 
     def _roll_out(self, prompt_ids: list[torch.Tensor], videos: list[torch.Tensor], keys: list[int]) -> Rollout:
         model = self.run.model.eval()  # in training mode, gradient checkpointing would switch the cache off
