@@ -52,7 +52,7 @@ class BadSample:
     """A row of an annotation file that is left out, or whose video is: one line of bad_samples.jsonl."""
 
     step: int  # the update at which it was due; 0: before the first one
-    when: str  # "reading" (the file), "training" or "evaluation"
+    when: str  # "reading" (the file), "training", "evaluation", or "checking" (by `fastr1 check-data`)
     file: str  # the annotation file
     line: int  # of a JSONL file, from 1; the entry of a JSON list, from 0
     reason: str

@@ -133,9 +133,10 @@ ROOMS: dict[str, set[str]] = {
     "rollout": {"config", "schema", "models"},
     "evaluation": {"config", "schema", "data", "video", "rewards", "models", "rollout"},
     "training": {"config", "schema", "data", "video", "rewards", "reporting", "models", "rollout", "evaluation"},
+    "check_data": {"config", "schema", "workers", "data", "video", "models"},
     "doctor": {"video"},
     "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
-    "cli": {"config", "doctor", "demo", "reporting", "evaluation", "training"},
+    "cli": {"config", "check_data", "doctor", "demo", "reporting", "evaluation", "training"},
     "train": {"config", "cli"},
 }
 

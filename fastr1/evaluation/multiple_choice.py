@@ -21,6 +21,7 @@ from fastr1.config import INSTRUCTION, Control, DataConfig, GRPOConfig, Policy, 
 from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.questions import load_questions
 from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
+from fastr1.models.texts import prompt_ids
 from fastr1.rewards.answers import extract_answer_letter, extract_think
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Answer, DataError, Sample
@@ -101,11 +102,7 @@ class Evaluator:
         self._batch_size = batch_size
         self._params = SamplingParams(max_completion_length, temperature=0)
         bound: dict[str, Any] = {"policy": data.policy, "max_bad_fraction": data.max_bad_fraction}
-        fitting, prompts = tokenize_samples(
-            loaded,
-            lambda s: processor.prompt_ids(s.problem, instruction=data.instruction, origin=s.origin),
-            **bound,
-        )
+        fitting, prompts = tokenize_samples(loaded, lambda sample: prompt_ids(processor, data, sample), **bound)
         self._questions = list(zip(fitting.samples, prompts, strict=True))
         self.num_rows = loaded.num_rows
         self.ledger = BadSampleLedger(fitting, **bound)
@@ -144,7 +141,7 @@ class Evaluator:
                 if not usable:
                     continue
                 videos = [model.encode(pixels) for _, pixels in usable]
-                prompts = [prompt_ids.to(device) for (_, prompt_ids), _ in usable]
+                prompts = [ids.to(device) for (_, ids), _ in usable]
                 rollout = sample_completions(model, self._processor, prompts, videos, self._params)
                 lengths = rollout.completion_mask.sum(dim=1).tolist()
                 samples = [sample for (sample, _), _ in usable]

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from fastr1.config import DataConfig, TrainConfig, loss_options
+from fastr1.config import TrainConfig, loss_options
 from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
-from fastr1.models import Processor
+from fastr1.models.texts import prompt_ids
 from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
@@ -36,11 +36,6 @@ def run_grpo(config: TrainConfig) -> Path:
     """
     with TrainingRun[Sample](config, load_questions, prompt_ids) as run, closing(GRPOTrainer(run)) as trainer:
         return run.train(trainer.step)
-
-
-def prompt_ids(processor: Processor, data: DataConfig, sample: Sample) -> torch.Tensor:
-    """The prompt of a question (L,). Raises: DataError where it does not fit into the model."""
-    return processor.prompt_ids(sample.problem, instruction=data.instruction, origin=sample.origin)
 
 
 class GRPOTrainer:
