@@ -101,6 +101,7 @@ class Update(Generic[S]):
     indices: list[int]  # B places of the samples in the list of all samples
     keys: list[int]  # B places in the endless stream of samples, which do not depend on the number of ranks
     pixels: list[torch.Tensor | None]  # B × (F, 3, H, W); None: undecodable and to be skipped
+    is_lost: bool = False  # no video of the whole update, on any rank, could be decoded
 
     @property
     def is_valid(self) -> torch.Tensor:
