@@ -20,6 +20,7 @@ from fastr1.rewards.values import Columns, RewardError, describe, locate, plain,
 from fastr1.schema import Sample
 from fastr1.workers import Outcome, WorkerPool
 
+_CLOSE_SECONDS = 1.0
 TIMED_OUT = "timed_out"  # the part that says which completions got `timeout_reward`
 
 
@@ -92,10 +93,17 @@ class AsyncCalls:
         return found
 
     def close(self) -> None:
-        """End the loop; what is still running is dropped."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """End the loop. A function that blocks it, or refuses to be cancelled, is left behind after a second."""
+
+        def end() -> None:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.call_later(0.1, self._loop.stop)  # time for what they do when they are cancelled
+
+        self._loop.call_soon_threadsafe(end)
+        self._thread.join(timeout=_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 class WorkerCalls:

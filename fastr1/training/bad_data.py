@@ -9,6 +9,7 @@ from typing import Any
 
 from fastr1.data.bad_samples import BadSampleFile
 from fastr1.data.ledger import BadRow, BadSampleLedger
+from fastr1.schema import DataError
 from fastr1.training.distributed import DistributedModel
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class BadData:
     ) -> None:
         self._ledgers = {"training": training} | ({"evaluation": evaluation} if evaluation is not None else {})
         self._file = BadSampleFile(output_dir, is_main=distributed.rank == 0)
+        self._distributed = distributed
         self._is_main = distributed.rank == 0
 
     @property
@@ -34,7 +36,19 @@ class BadData:
         return self._ledgers["training"].num_bad
 
     def begin(self) -> None:
-        """Start the file with what is known: rows dropped while reading and, in a resumed run, what failed before."""
+        """Start the file with what is known: rows dropped while reading and, in a resumed run, what failed before.
+
+        Raises: DataError where the processes do not agree on it: they would train on different samples.
+        """
+        known = self._distributed.gather_objects({when: ledger.rows for when, ledger in self._ledgers.items()})
+        for rank, theirs in enumerate(known):
+            for when, rows in theirs.items():
+                if differing := set(rows) ^ set(known[0][when]):
+                    row = min(differing, key=lambda row: row.line)
+                    raise DataError(
+                        f"process {rank} does not read the same {when} file or videos as process 0: they part at line "
+                        f"{row.line} of {row.file} ({row.reason}); give every machine the same files"
+                    )
         rows = [row for ledger in self._ledgers.values() for row in ledger.rows]
         self._file.rewrite(sorted(rows, key=lambda row: row.step))
         if rows and self._is_main:

@@ -107,6 +107,10 @@ async def bad_async(completions, solutions, samples):
         value_of(text)
 
 
+async def blocking_async(completions, solutions, samples):
+    time.sleep(1.4)
+
+
 async def slow_async(completions, solutions, samples):
     await asyncio.sleep(600)
 '''
@@ -226,6 +230,15 @@ def test_async_function_past_its_time(folder: Path) -> None:
     assert scored.parts["called_rewards:slow_async"] == [-3.0, -3.0]
     assert scored.parts["called_rewards:slow_async/timed_out"] == [1.0, 1.0]
     assert scored.parts["called_rewards:parts/timed_out"] == [0.0, 0.0]
+
+
+def test_async_function_that_blocks_the_loop_does_not_hold_up_the_end(folder: Path) -> None:
+    scorer = scorer_of("blocking_async", timeout_seconds=0.1)
+    with pytest.raises(RewardError, match="took more than"):
+        scorer.score(["one"], [sample(1)])
+    started = time.monotonic()
+    scorer.close()
+    assert time.monotonic() - started < 1.3
 
 
 # Workers

@@ -138,6 +138,11 @@ def _train_two_ranks(rank: int, folder: Path) -> None:
         run_grpo(make_config(folder / "world", folder / "tight", **tight))
     with pytest.raises(DataError, match=r"questions\.jsonl:\d: .*repair or remove the sample"):
         run_grpo(make_config(folder / "world", folder / "error", **{**one_each, "data__policy": "error"}))
+    elsewhere = {**one_each, "data__video_root": str(folder / f"machine-{rank}")}
+    with pytest.raises(
+        DataError, match=r"process 1 does not read the same training file or videos as process 0.*line 5 "
+    ):
+        run_grpo(make_config(folder / "world", folder / "differing", **elsewhere))
     (folder / f"done-{rank}").touch()
 
 
@@ -146,6 +151,9 @@ def test_two_processes_share_count_bound_and_policy(world: Path, tmp_path: Path)
     (_, second), (third, _) = due_pairs()[:2]
     folder = broken_world(world, tmp_path / "world", [second, third])
     rewrite_questions(folder, {}, "eval.jsonl")
+    for rank in (0, 1):
+        shutil.copytree(world, tmp_path / f"machine-{rank}")
+    (tmp_path / "machine-1" / "4.mp4").unlink()
     run_on_two_ranks(_train_two_ranks, tmp_path)
     assert [row["bad_samples"] for row in metrics_of(tmp_path / "run")] == [1, 2, 2]
     training = [(1, "training", "questions.jsonl", second + 1), (2, "training", "questions.jsonl", third + 1)]
