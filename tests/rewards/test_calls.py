@@ -298,6 +298,13 @@ def test_time_limit_that_nothing_could_keep_is_refused(folder: Path) -> None:
         scorer_of("one_by_one", timeout_seconds=2)
 
 
+def test_a_worker_does_without_torch() -> None:
+    """Seconds and hundreds of megabytes for each of them."""
+    code = "import sys, fastr1.rewards.calls; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, check=True)
+    assert done.stdout == b"False False\n"
+
+
 def test_workers_end_with_a_trainer_that_is_killed(folder: Path, calls: Path) -> None:
     code = (
         "from fastr1.config import RewardConfig; from fastr1.rewards import build_scorer; from pathlib import Path\n"
