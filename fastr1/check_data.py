@@ -61,7 +61,7 @@ def check_data(
         output_dir: where the clean files, bad_samples.jsonl and the list of videos known to be good are written;
             None: beside the annotation files.
         num_workers: processes that decode; None: one per core.
-        timeout_seconds: a video that takes longer is bad.
+        timeout_seconds: a video that takes longer is bad; 0: no limit.
     Returns: the exit code: 0 nothing bad, 1 something bad, 130 interrupted.
     Raises: DataError where a file cannot be read at all or the folder not be written to.
     """
@@ -81,7 +81,7 @@ def check_data(
         ):
             settings = (config.data.num_frames, config.data.max_frames, config.data.backend)
             tasks = [(str(path), *settings) for path in todo]
-            for outcome in pool.run(tasks, timeout_seconds=timeout_seconds):
+            for outcome in pool.run(tasks, timeout_seconds=timeout_seconds or None):
                 path = todo[outcome.index]
                 problem = _problem(path, outcome, timeout_seconds)
                 if problem is None:

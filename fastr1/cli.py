@@ -117,7 +117,7 @@ def _add_check_data(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--output-dir", metavar="DIR", help="where to write (default: beside data.train_file)")
     parser.add_argument("--num-workers", type=_positive, help="processes that decode (default: one per core)")
     parser.add_argument(
-        "--timeout-seconds", type=_not_negative, default=300.0, help="of one video (default: %(default)g)"
+        "--timeout-seconds", type=_not_negative, default=300.0, help="of one video, 0: no limit (default: %(default)g)"
     )
 
 

@@ -45,7 +45,7 @@ class Pool:
     def __init__(self, function: str, num_workers: int) -> None:
         assert function == "fastr1.video.checking:find_problem"
 
-    def run(self, tasks: list[tuple[Any, ...]], *, timeout_seconds: float) -> Iterator[Outcome]:
+    def run(self, tasks: list[tuple[Any, ...]], *, timeout_seconds: float | None) -> Iterator[Outcome]:
         for index, task in enumerate(tasks):
             if index == self.stop_after:
                 raise KeyboardInterrupt
