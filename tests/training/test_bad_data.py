@@ -13,9 +13,12 @@ import pytest
 from distributed_toys import run_on_two_ranks
 from trainer_toys import NUM_SAMPLES, TOYS, make_config, metrics_of, write_world
 
+from fastr1.data.ledger import BadSampleLedger
 from fastr1.data.order import SampleOrder
+from fastr1.data.questions import load_questions
 from fastr1.reporting.run_log import read_rows
 from fastr1.schema import DataError
+from fastr1.training.bad_data import BadData
 from fastr1.training.grpo import run_grpo
 from fastr1.training.sft import run_sft
 
@@ -136,24 +139,14 @@ def _train_two_ranks(rank: int, folder: Path) -> None:
     tight = {**one_each, "data__max_bad_fraction": 0.2}
     with pytest.raises(DataError, match=r"2 of 6 rows cannot be used"):
         run_grpo(make_config(folder / "world", folder / "tight", **tight))
-    with pytest.raises(DataError, match=r"questions\.jsonl:\d: .*repair or remove the sample"):
-        run_grpo(make_config(folder / "world", folder / "error", **{**one_each, "data__policy": "error"}))
-    elsewhere = {**one_each, "data__video_root": str(folder / f"machine-{rank}")}
-    with pytest.raises(
-        DataError, match=r"process 1 does not read the same training file or videos as process 0.*line 5 "
-    ):
-        run_grpo(make_config(folder / "world", folder / "differing", **elsewhere))
     (folder / f"done-{rank}").touch()
 
 
-def test_two_processes_share_count_bound_and_policy(world: Path, tmp_path: Path) -> None:
+def test_two_processes_share_count_and_bound(world: Path, tmp_path: Path) -> None:
     """One bad video for each of them: alone neither exceeds 0.2 of the six rows, and each is told of the other's."""
     (_, second), (third, _) = due_pairs()[:2]
     folder = broken_world(world, tmp_path / "world", [second, third])
     rewrite_questions(folder, {}, "eval.jsonl")
-    for rank in (0, 1):
-        shutil.copytree(world, tmp_path / f"machine-{rank}")
-    (tmp_path / "machine-1" / "4.mp4").unlink()
     run_on_two_ranks(_train_two_ranks, tmp_path)
     assert [row["bad_samples"] for row in metrics_of(tmp_path / "run")] == [1, 2, 2]
     training = [(1, "training", "questions.jsonl", second + 1), (2, "training", "questions.jsonl", third + 1)]
@@ -163,6 +156,30 @@ def test_two_processes_share_count_bound_and_policy(world: Path, tmp_path: Path)
     assert metrics_of(tmp_path / "run")[2]["eval/num_left_out"] == 2
     assert places(tmp_path / "tight") == training
     assert all((tmp_path / f"done-{rank}").exists() for rank in (0, 1))
+
+
+class OtherMachine:
+    """Of two processes the first; the other one read other rows."""
+
+    rank = 0
+
+    def __init__(self, theirs: BadSampleLedger) -> None:
+        self._theirs = theirs
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, {"training": self._theirs.rows}]
+
+
+def test_processes_that_read_different_data_do_not_start(world: Path, tmp_path: Path) -> None:
+    other = broken_world(world, tmp_path / "other")
+    (other / "4.mp4").unlink()
+    loaded = [
+        load_questions(world / "questions.jsonl", root, policy="skip", max_bad_fraction=0.5) for root in (world, other)
+    ]
+    mine, theirs = (BadSampleLedger(one, policy="skip", max_bad_fraction=0.5) for one in loaded)
+    BadData(OtherMachine(mine), tmp_path, mine, None).begin()  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"process 1 does not read the same training file.*line 5 .*does not exist"):
+        BadData(OtherMachine(theirs), tmp_path, mine, None).begin()  # type: ignore[arg-type]
 
 
 def test_evaluation_during_training_follows_the_policy(world: Path, tmp_path: Path) -> None:
