@@ -19,6 +19,8 @@ from fastr1 import __version__
 from fastr1.config import INSTRUCTION, ConfigError, Control, DataConfig, GRPOConfig, RunConfig, TrainConfig, load_config
 
 Command = Callable[[argparse.Namespace], int]
+# modules of the extra `train`, torch included, by which its absence shows
+_OF_THE_EXTRA = {"av", "deepspeed", "matplotlib", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,11 +40,20 @@ def report_errors(action: Callable[[], int]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        module = str(error.name).split(".")[0]
+        if module not in _OF_THE_EXTRA or os.environ.get("FASTR1_DEBUG") == "1":
+            raise
+        remedy = "this command needs the extra: pip install 'fastr1[train]', or in a checkout pip install -e '.[train]'"
+        print(f"error: the package {module!r} is not installed; {remedy}", file=sys.stderr)
+        return 2
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that choose a configuration."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration, e.g. configs/grpo.json")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON configuration, or the name of a shipped one, e.g. grpo"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -168,6 +179,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--quick", action="store_true", help="few clips and updates: does every phase work here?")
 
 
 def _positive(text: str) -> int:
@@ -255,7 +267,7 @@ def _demo(args: argparse.Namespace) -> int:
     from fastr1.demo.pipeline import run_demo
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_demo(Path(args.output_dir), seed=args.seed)
+    run_demo(Path(args.output_dir), seed=args.seed, quick=args.quick)
     return 0
 
 

@@ -15,9 +15,11 @@ from fastr1.config.fields import (
 )
 from fastr1.config.loading import config_to_dict, load_config, save_config
 from fastr1.config.losses import loss_options
+from fastr1.config.shipped import PACKAGE, find_shipped, shipped_configs
 
 __all__ = [
     "INSTRUCTION",
+    "PACKAGE",
     "ConfigError",
     "Control",
     "DataConfig",
@@ -33,8 +35,10 @@ __all__ = [
     "check_reward",
     "check_value",
     "config_to_dict",
+    "find_shipped",
     "load_config",
     "loss_options",
     "save_config",
+    "shipped_configs",
     "without_auto",
 ]
