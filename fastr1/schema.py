@@ -47,6 +47,17 @@ class SftSample:
 
 
 @dataclass(frozen=True)
+class BadSample:
+    """A row of an annotation file that is left out, or whose video is: one line of bad_samples.jsonl."""
+
+    step: int  # the update at which it was due; 0: before the first one
+    when: str  # "reading" (the file), "training" or "evaluation"
+    file: str  # the annotation file
+    line: int  # of a JSONL file, from 1; the entry of a JSON list, from 0
+    reason: str
+
+
+@dataclass(frozen=True)
 class Clip:
     """The frames chosen from one video, with the time each is shown."""
 

@@ -1,38 +1,48 @@
 """The policy for bad data: a bad row stops the load ("error") or is dropped, counted and reported ("skip").
 
-It is never replaced by another row. Videos that turn out to be undecodable later are counted by `BadSampleLedger`
-against the same bound.
+It is never replaced by another row. Texts that turn out not to fit into the model are bad rows too. Videos that turn
+out to be undecodable later are counted by `BadSampleLedger` against the same bound.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastr1.config import DataConfig, check_value
 from fastr1.data.rows import RowError
-from fastr1.schema import DataError
+from fastr1.schema import BadSample, DataError, S
 
 _NUM_LISTED = 3  # bad rows quoted in an error message
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that was dropped."""
+    """A row that cannot be used."""
 
     origin: str  # "nextqa.jsonl:12" (line) or "coldstart.json[3]" (entry, from 0)
     reason: str
 
+    @property
+    def line(self) -> int:
+        """The line or entry."""
+        match = re.search(r"(\d+)\]?$", self.origin)
+        assert match is not None, self.origin
+        return int(match[1])
+
 
 @dataclass(frozen=True)
 class LoadedSamples(Generic[T]):
-    """What a file held: the usable samples in file order and the rows that were dropped."""
+    """What a file held: the usable samples and the rows that were dropped, both in file order."""
 
+    file: Path
     samples: list[T]
     bad_rows: list[BadRow]
 
@@ -43,49 +53,70 @@ class LoadedSamples(Generic[T]):
 
 
 class BadSampleLedger:
-    """Counts samples that turn out to be unusable, against the same bound as bad rows. Thread-safe.
+    """The samples of one file that cannot be used, each once, against one bound: those dropped while the file was read,
+    and those whose video fails when it is due.
 
-    A sample that fails again in a later epoch counts once towards the bound. Each process keeps its own ledger.
+    Every process of a run keeps the same ledger, because every one is told of the failures of all of them; so all stop
+    at the same update.
+
+    Attributes: rows, in the order in which they were due; num_rows of the whole file.
     """
 
     def __init__(
         self,
-        num_rows: int,
+        loaded: LoadedSamples[Any],
         *,
         policy: str = DataConfig.policy,
         max_bad_fraction: float = DataConfig.max_bad_fraction,
-        num_bad_rows: int = 0,
     ) -> None:
-        """`num_rows` and `num_bad_rows`: rows of the file and those already dropped while reading it."""
         _check(policy, max_bad_fraction)
-        self._num_rows = num_rows
+        self._file = loaded.file
+        self._place = "{}[{}]" if loaded.samples[0].origin.endswith("]") else "{}:{}"
+        self.num_rows = loaded.num_rows
         self._policy = policy
         self._max_bad_fraction = max_bad_fraction
-        self._num_bad_rows = num_bad_rows
-        self._reasons: dict[str, str] = {}
-        self._lock = threading.Lock()
-
-    def record(self, sample_origin: str, reason: str) -> None:
-        """Note one failure.
-
-        Raises:
-            DataError: always under policy "error"; under "skip" once the bound is exceeded.
-        """
-        with self._lock:
-            self._reasons.setdefault(sample_origin, reason)
-            listed = [BadRow(origin, why) for origin, why in self._reasons.items()]
-        if self._policy == "error":
-            named = reason if reason.startswith(sample_origin) else f"{sample_origin}: {reason}"
-            raise DataError(f'{named}; repair or remove the sample, or set data.policy to "skip"')
-        num_bad = self._num_bad_rows + len(listed)
-        if num_bad > self._max_bad_fraction * self._num_rows:
-            raise DataError(_too_many(num_bad, self._num_rows, self._max_bad_fraction, listed))
+        self.rows = [self._row(bad, 0, "reading") for bad in loaded.bad_rows]
 
     @property
-    def num_bad_samples(self) -> int:
-        """Distinct samples that failed."""
-        with self._lock:
-            return len(self._reasons)
+    def num_bad(self) -> int:
+        """Distinct samples that cannot be used."""
+        return len(self.rows)
+
+    def record(self, failures: Iterable[BadRow], *, step: int, when: str) -> list[BadSample]:
+        """Note what failed at `step` in any process, and return what had not failed before.
+
+        Raises: DataError under the policy "error", for the first failure.
+        """
+        known = {row.line for row in self.rows}
+        new = []
+        for bad in failures:
+            if self._policy == "error":
+                raise DataError(
+                    f"{self._file.parent / bad.origin}: {bad.reason}; repair or remove the sample, "
+                    'or set data.policy to "skip"'
+                )
+            if bad.line not in known:
+                known.add(bad.line)
+                new.append(self._row(bad, step, when))
+        self.rows += new
+        return new
+
+    def check_bound(self) -> None:
+        """Refuse to go on with too many of them. Raises: DataError naming the first."""
+        if self.num_bad > self._max_bad_fraction * self.num_rows:
+            rows = [BadRow(self._place.format(self._file.name, row.line), row.reason) for row in self.rows]
+            raise DataError(f"{self._file}: {_too_many(self.num_rows, self._max_bad_fraction, rows)}")
+
+    def state_dict(self, step: int) -> list[dict[str, Any]]:
+        """What failed up to update `step`, without what was dropped while reading: a resumed run reads the file too."""
+        return [dataclasses.asdict(row) for row in self.rows if row.when != "reading" and row.step <= step]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Go on from a `state_dict`."""
+        self.rows = [row for row in self.rows if row.when == "reading"] + [BadSample(**row) for row in state]
+
+    def _row(self, bad: BadRow, step: int, when: str) -> BadSample:
+        return BadSample(step, when, str(self._file), bad.line, bad.reason)
 
 
 def collect(
@@ -112,12 +143,44 @@ def collect(
                     f'{path}{place}: {problem.reason}; {problem.remedy}, or set data.policy to "skip"'
                 ) from None
             bad_rows.append(BadRow(origin, problem.reason))
-    num_rows = len(samples) + len(bad_rows)
-    if num_rows == 0:
+    if not samples and not bad_rows:
         raise DataError(f"{path}: the file holds no rows; check that the download finished")
-    if not samples or len(bad_rows) > max_bad_fraction * num_rows:
-        raise DataError(f"{path}: {_too_many(len(bad_rows), num_rows, max_bad_fraction, bad_rows)}")
-    return LoadedSamples(samples, bad_rows)
+    loaded = LoadedSamples(path, samples, bad_rows)
+    _check_bound(loaded, max_bad_fraction)
+    return loaded
+
+
+def tokenize_samples(
+    loaded: LoadedSamples[S],
+    tokenize: Callable[[S], E],
+    *,
+    policy: str,
+    max_bad_fraction: float,
+) -> tuple[LoadedSamples[S], list[E]]:
+    """`tokenize(sample)` of every sample, once. One for which it raises DataError, because its text does not fit into
+    the model, is a bad row like those that could not be read.
+
+    Returns: the samples that are left, and their tokens in the same order.
+    Raises: DataError as `collect`.
+    """
+    samples: list[S] = []
+    tokens: list[E] = []
+    bad_rows = list(loaded.bad_rows)
+    for sample in loaded.samples:
+        try:
+            tokens.append(tokenize(sample))
+        except DataError as problem:
+            reason = str(problem).removeprefix(f"{sample.origin}: ")
+            if policy == "error":
+                raise DataError(
+                    f'{loaded.file.parent / sample.origin}: {reason}, or set data.policy to "skip"'
+                ) from problem
+            bad_rows.append(BadRow(sample.origin, reason))
+        else:
+            samples.append(sample)
+    fitting = LoadedSamples(loaded.file, samples, sorted(bad_rows, key=lambda row: row.line))
+    _check_bound(fitting, max_bad_fraction)
+    return fitting, tokens
 
 
 def _check(policy: str, max_bad_fraction: float) -> None:
@@ -125,10 +188,15 @@ def _check(policy: str, max_bad_fraction: float) -> None:
     check_value("data.max_bad_fraction", max_bad_fraction)
 
 
-def _too_many(num_bad: int, num_rows: int, max_bad_fraction: float, bad_rows: list[BadRow]) -> str:
+def _check_bound(loaded: LoadedSamples[Any], max_bad_fraction: float) -> None:
+    if not loaded.samples or len(loaded.bad_rows) > max_bad_fraction * loaded.num_rows:
+        raise DataError(f"{loaded.file}: {_too_many(loaded.num_rows, max_bad_fraction, loaded.bad_rows)}")
+
+
+def _too_many(num_rows: int, max_bad_fraction: float, bad_rows: list[BadRow]) -> str:
     listed = "; ".join(f"{row.origin}: {row.reason}" for row in bad_rows[:_NUM_LISTED])
     more = f"; and {len(bad_rows) - _NUM_LISTED} more" if len(bad_rows) > _NUM_LISTED else ""
     return (
-        f"{num_bad} of {num_rows} rows cannot be used, data.max_bad_fraction allows {max_bad_fraction:g} "
+        f"{len(bad_rows)} of {num_rows} rows cannot be used, data.max_bad_fraction allows {max_bad_fraction:g} "
         f"({listed}{more}); repair the rows or raise data.max_bad_fraction"
     )

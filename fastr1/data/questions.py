@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def load_questions(
     policy: str = DataConfig.policy,
     max_bad_fraction: float = DataConfig.max_bad_fraction,
     check_files: bool = True,
+    limit: int | None = None,
 ) -> LoadedSamples[Sample]:
     """Read a NextQA-style JSONL: one object per line with problem_id, problem, solution and video_filename.
 
@@ -46,6 +48,7 @@ def load_questions(
         policy: "error" raises on the first bad row; "skip" drops bad rows and reports them.
         max_bad_fraction: with "skip", raise when more than this share of the rows is bad.
         check_files: also require every video to be an existing file of at least one byte.
+        limit: read the first `limit` rows only; a bad one among them is not made up for by the row after them.
 
     Raises:
         DataError: naming file, line, reason and remedy; also for a file without rows.
@@ -61,7 +64,7 @@ def load_questions(
     def parse(origin: str, line: bytes) -> Sample:
         return _parse_row(decode_json(line), origin, videos)
 
-    return collect(path, rows(), parse, policy, max_bad_fraction)
+    return collect(path, islice(rows(), limit), parse, policy, max_bad_fraction)
 
 
 def option_letters(problem: str) -> str:

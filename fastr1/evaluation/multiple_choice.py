@@ -8,6 +8,7 @@ blank frames (what the text alone gives away), one frame repeated (what a pictur
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 
-from fastr1.config import INSTRUCTION, Control, DataConfig, GRPOConfig, RunConfig
+from fastr1.config import INSTRUCTION, Control, DataConfig, GRPOConfig, Policy, RunConfig
+from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.questions import load_questions
 from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
 from fastr1.rewards.answers import extract_answer_letter, extract_think
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Answer, DataError, Sample
-from fastr1.video import ClipPrefetcher, load_pixels
+from fastr1.video import ClipPrefetcher, VideoError, load_pixels
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
@@ -38,25 +42,39 @@ def evaluate_checkpoint(
     control: Control | None = None,
     device: str | None = None,
     output: str | Path | None = None,
+    policy: Policy = DataConfig.policy,
+    max_bad_fraction: float = DataConfig.max_bad_fraction,
 ) -> dict[str, float]:
     """Load a model, answer the questions of a file greedily and return the rates of `summarise_answers`.
 
     Args:
         instruction: what follows every question in the prompt; use that of the training run.
         control: one of `CONTROLS`, shown in the place of every clip; None: the clip.
-        output: write the summary and every answer there as JSON.
+        output: write the summary, every answer and what was left out there as JSON.
+        policy: "error" stops at a question that cannot be used, naming file and line; "skip" leaves it out.
+        max_bad_fraction: with "skip", stop when more than this share of the questions is left out.
     """
+    data = DataConfig(num_frames=num_frames, instruction=instruction, policy=policy, max_bad_fraction=max_bad_fraction)
+    loaded = load_questions(data_file, video_root, policy=policy, max_bad_fraction=max_bad_fraction, limit=limit)
     evaluator = Evaluator(
-        load_questions(data_file, video_root).samples[:limit],
+        loaded,
         load_processor(model_path),
-        DataConfig(num_frames=num_frames, instruction=instruction),
+        data,
         batch_size=batch_size,
         max_completion_length=max_completion_length,
     )
-    answers = evaluator.answer(load_model(model_path, device=device), control=control)
-    summary = summarise_answers(answers)
+    answers, failures = evaluator.answer(load_model(model_path, device=device), control=control)
+    evaluator.ledger.record(failures, step=0, when="evaluation")
+    for row in evaluator.ledger.rows:
+        logger.warning("%s, line %d is left out: %s", row.file, row.line, row.reason)
+    evaluator.ledger.check_bound()
+    summary = summarise_answers(answers, evaluator.num_rows)
     if output is not None:
-        content = {"summary": summary, "answers": [asdict(answer) for answer in answers]}
+        content = {
+            "summary": summary,
+            "answers": [asdict(answer) for answer in answers],
+            "left_out": [asdict(row) for row in evaluator.ledger.rows],
+        }
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return summary
@@ -65,12 +83,13 @@ def evaluate_checkpoint(
 class Evaluator:
     """Questions with their prompts, to be put to a model any number of times.
 
-    Raises: DataError where a prompt does not fit into the model.
+    Attributes: num_rows of the file, and its ledger, which holds the questions that were left out so far.
+    Raises: DataError where a prompt does not fit into the model, unless `data.policy` is "skip".
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        loaded: LoadedSamples[Sample],
         processor: Processor,
         data: DataConfig,
         *,
@@ -81,41 +100,57 @@ class Evaluator:
         self._processor = processor
         self._batch_size = batch_size
         self._params = SamplingParams(max_completion_length, temperature=0)
-        self._questions = [
-            (sample, processor.prompt_ids(sample.problem, instruction=data.instruction, origin=sample.origin))
-            for sample in samples
-        ]
+        bound: dict[str, Any] = {"policy": data.policy, "max_bad_fraction": data.max_bad_fraction}
+        fitting, prompts = tokenize_samples(
+            loaded,
+            lambda s: processor.prompt_ids(s.problem, instruction=data.instruction, origin=s.origin),
+            **bound,
+        )
+        self._questions = list(zip(fitting.samples, prompts, strict=True))
+        self.num_rows = loaded.num_rows
+        self.ledger = BadSampleLedger(fitting, **bound)
 
     @torch.no_grad()
     def answer(
         self, model: VideoLanguageModel, *, share: slice = slice(None), control: Control | None = None
-    ) -> list[Answer]:
-        """Answer a share of the questions. A video that cannot be decoded is an error: nothing is left out of the rate.
+    ) -> tuple[list[Answer], list[BadRow]]:
+        """Answer a share of the questions; `control` is one of `CONTROLS`, or None.
 
-        `control` is one of `CONTROLS`, or None.
+        Returns: the answers, and the questions whose video cannot be decoded (under the policy "error" it stops at the
+        first). The caller hands these, of all processes, to the ledger, which applies the policy.
         """
         if control is not None and control not in CONTROLS:
             raise DataError(f"control is {control!r}; choose from {', '.join(CONTROLS)}, or None for the clip itself")
         was_training = model.training
         model.eval()
         answers: list[Answer] = []
+        failures: list[BadRow] = []
         device, threads = model.device, self._data.num_decode_threads
 
-        def load(question: tuple[Sample, torch.Tensor]) -> torch.Tensor:
+        def load(question: tuple[Sample, torch.Tensor]) -> torch.Tensor | BadRow:
             path, preprocess = question[0].video_path, self._processor.preprocess_frames
-            pixels = load_pixels(path, self._data, preprocess, device)
+            try:
+                pixels = load_pixels(path, self._data, preprocess, device)
+            except VideoError as error:
+                return BadRow(question[0].origin, error.problem)
             return pixels if control is None else CONTROLS[control](pixels)
 
         with ClipPrefetcher(load, self._questions[share], num_threads=threads, depth=2 * self._batch_size) as clips:
             while batch := list(islice(clips, self._batch_size)):
-                videos = [model.encode(pixels) for _, pixels in batch]
-                prompts = [prompt_ids.to(device) for (_, prompt_ids), _ in batch]
+                failures += [result for _, result in batch if isinstance(result, BadRow)]
+                if failures and self._data.policy == "error":
+                    break
+                usable = [(question, pixels) for question, pixels in batch if not isinstance(pixels, BadRow)]
+                if not usable:
+                    continue
+                videos = [model.encode(pixels) for _, pixels in usable]
+                prompts = [prompt_ids.to(device) for (_, prompt_ids), _ in usable]
                 rollout = sample_completions(model, self._processor, prompts, videos, self._params)
                 lengths = rollout.completion_mask.sum(dim=1).tolist()
-                samples = [sample for (sample, _), _ in batch]
+                samples = [sample for (sample, _), _ in usable]
                 answers += [_judge(*row) for row in zip(samples, rollout.texts, lengths, strict=True)]
         model.train(was_training)
-        return answers
+        return answers, failures
 
 
 def _judge(sample: Sample, text: str, length: int) -> Answer:
@@ -146,8 +181,11 @@ CONTROLS: dict[Control, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """`accuracy`, `format_rate`, `unparsable_rate`, mean `completion_length`, and `accuracy/<problem type>`."""
+def summarise_answers(answers: Sequence[Answer], num_rows: int | None = None) -> dict[str, float]:
+    """`accuracy`, `format_rate`, `unparsable_rate`, mean `completion_length`, and `accuracy/<problem type>`.
+
+    All over `num_questions`, those that were answered; `num_left_out` is how many of `num_rows` were not.
+    """
     if not answers:
         raise DataError("there is no question to evaluate; check the data file and the limit")
     total = len(answers)
@@ -157,6 +195,7 @@ def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
         "unparsable_rate": sum(a.letter is None for a in answers) / total,
         "completion_length": sum(a.completion_length for a in answers) / total,
         "num_questions": float(total),
+        "num_left_out": float((total if num_rows is None else num_rows) - total),
     }
     kinds: dict[str, list[Any]] = {}
     for answer in answers:

@@ -68,9 +68,9 @@ class Processor(ABC):
 
     @abstractmethod
     def conversation_ids(self, question: str, answer: str, *, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt and what is to be said, an end token included unless cut: (L,) and (T,) int64 on the CPU.
+        """The prompt and what is to be said, an end token included: (L,) and (T,) int64 on the CPU.
 
-        Raises: DataError where the two cannot be told apart, or nothing of the answer fits into the model.
+        Raises: DataError where the two cannot be told apart, or do not fit into the model; nothing is cut off.
         """
 
     @abstractmethod

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from fastr1.config import TrainConfig, loss_options
+from fastr1.config import DataConfig, TrainConfig, loss_options
+from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
+from fastr1.models import Processor
 from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
@@ -31,8 +33,13 @@ def run_grpo(config: TrainConfig) -> Path:
 
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[Sample](config, load_questions) as run:
+    with TrainingRun[Sample](config, load_questions, prompt_ids) as run:
         return run.train(GRPOTrainer(run).step)
+
+
+def prompt_ids(processor: Processor, data: DataConfig, sample: Sample) -> torch.Tensor:
+    """The prompt of a question (L,). Raises: DataError where it does not fit into the model."""
+    return processor.prompt_ids(sample.problem, instruction=data.instruction, origin=sample.origin)
 
 
 class GRPOTrainer:
@@ -49,19 +56,13 @@ class GRPOTrainer:
         # Ids and masks come from the rollout and are right; looking at their values would wait for a GPU.
         self.waits_cost = self.distributed.device.type != "cpu"
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
-        # All of them now: a prompt that is too long is an error before the first update, not hours into the run.
-        instruction = run.config.data.instruction
-        self.prompt_ids = [
-            run.processor.prompt_ids(sample.problem, instruction=instruction, origin=sample.origin)
-            for sample in run.samples
-        ]
         self.sampling = SamplingParams(
             self.grpo.max_completion_length, self.grpo.temperature, self.grpo.top_k, self.grpo.top_p
         )
 
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the prompts. Returns metrics of all ranks and this rank's rollout rows."""
-        prompt_ids = [self.prompt_ids[i].to(self.distributed.device) for i in update.indices]
+        prompt_ids = [self.run.tokens[i].to(self.distributed.device) for i in update.indices]
         with self.distributed.gathered_parameters():
             with self.timer.phase("vision"):
                 videos = self.run.encode(update.pixels)
@@ -113,8 +114,8 @@ class GRPOTrainer:
         everyone = torch.cat(self.distributed.gather_objects(rewards))
         if everyone.isnan().all():
             raise DataError(
-                f"update {update.step}: no video could be decoded, the first is {update.samples[0].video_path}; "
-                'repair the videos or set data.policy to "error" to see the reason'
+                f"update {update.step}: no video could be decoded, the first is {update.samples[0].video_path}; repair "
+                f"the videos, {self.run.output_dir / BAD_SAMPLES_FILE} has the reasons"
             )
         advantages = group_advantages(
             everyone,

@@ -15,16 +15,17 @@ from typing import Any, Generic, Protocol
 
 import torch
 
-from fastr1.config import TrainConfig, save_config
-from fastr1.data.ledger import BadSampleLedger, LoadedSamples
+from fastr1.config import DataConfig, TrainConfig, save_config
+from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
-from fastr1.models import VideoLanguageModel, load_model, load_processor
+from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
 from fastr1.reporting.run_log import METRICS_FILE, RunLogger
 from fastr1.reporting.statistics import Metrics, mean_metrics
 from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
 from fastr1.schema import DataError, S, Update
+from fastr1.training.bad_data import BadData
 from fastr1.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 Step = Callable[[Update[S]], tuple[Metrics, Rows]]  # the metrics hold "num_tokens", the rows are for rollouts.jsonl
+Tokenize = Callable[[Processor, DataConfig, S], Any]  # raises DataError where a text does not fit into the model
 
 
 class SampleLoader(Protocol[S]):
@@ -46,22 +48,24 @@ class SampleLoader(Protocol[S]):
 class TrainingRun(Generic[S]):
     """Model, processor and samples of a run. Use as a context manager: leaving it releases DeepSpeed.
 
-    Attributes: config, model, processor, distributed, samples, order, ledger, timer, samples_per_rank (per update).
+    Attributes: config, model, processor, distributed, samples, tokens (what `tokenize` made of each sample), order,
+    bad_data, timer, samples_per_rank (per update).
     """
 
-    def __init__(self, config: TrainConfig, load_samples: SampleLoader[S]) -> None:
+    def __init__(self, config: TrainConfig, load_samples: SampleLoader[S], tokenize: Tokenize[S]) -> None:
         data, optim = config.data, config.optim
         self.config = config
         self.output_dir = Path(config.run.output_dir)
         if config.run.resume_from_checkpoint is None:
             _refuse_used_folder(self.output_dir)
         policy, bound = data.policy, data.max_bad_fraction
-        loaded = load_samples(data.train_file, data.video_root, policy=policy, max_bad_fraction=bound)
-        self.samples: list[S] = loaded.samples
-        self.ledger = BadSampleLedger(
-            loaded.num_rows, num_bad_rows=len(loaded.bad_rows), policy=policy, max_bad_fraction=bound
-        )
+        read = load_samples(data.train_file, data.video_root, policy=policy, max_bad_fraction=bound)
         self.processor = load_processor(config.model.path)
+        # All of them now: a text that is too long is known before the first update, not hours into the run.
+        loaded, self.tokens = tokenize_samples(
+            read, lambda sample: tokenize(self.processor, data, sample), policy=policy, max_bad_fraction=bound
+        )
+        self.samples: list[S] = loaded.samples
         self._evaluator = self._build_evaluator()
         self.model = load_policy(config)
         self.samples_per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
@@ -77,6 +81,9 @@ class TrainingRun(Generic[S]):
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
+        ledger = BadSampleLedger(loaded, policy=policy, max_bad_fraction=bound)
+        eval_ledger = None if self._evaluator is None else self._evaluator.ledger
+        self.bad_data = BadData(self.distributed, self.output_dir, ledger, eval_ledger)
 
     def __enter__(self) -> TrainingRun[S]:
         return self
@@ -93,6 +100,7 @@ class TrainingRun(Generic[S]):
         is_main = self.distributed.rank == 0
         if is_main:
             save_config(self.config, self.output_dir / "config.json")
+        self.bad_data.begin()
         decoder = describe_backend(self.config.data.backend)
         where = f"{self.distributed.device}, {str(self.model.dtype).removeprefix('torch.')}"
         logger.info("%d samples, %d updates on %s; videos: %s", len(self.samples), len(self.order), where, decoder)
@@ -107,7 +115,8 @@ class TrainingRun(Generic[S]):
                 unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
                 is_stopping = stop.agreed(self.distributed)
                 if update.step % run.logging_steps == 0 or is_last or is_stopping:
-                    log.log(update.step, mean_metrics(unlogged))
+                    bad_samples = float(self.bad_data.num_bad)  # a count is not averaged over updates
+                    log.log(update.step, {**mean_metrics(unlogged), "bad_samples": bad_samples})
                     unlogged.clear()
                 log.log_rollouts(update.step, rows)
                 if is_stopping or (run.save_steps and update.step % run.save_steps == 0):
@@ -122,12 +131,15 @@ class TrainingRun(Generic[S]):
 
     def evaluate(self) -> Metrics:
         """Greedy accuracy on the held-out questions, shared among the ranks."""
-        assert self._evaluator is not None
-        ranks = self.distributed
+        evaluator, ranks = self._evaluator, self.distributed
+        assert evaluator is not None
         with self.timer.phase("evaluation"), ranks.gathered_parameters():
-            mine = self._evaluator.answer(self.model, share=slice(ranks.rank, None, ranks.world_size))
-        answers = [answer for answers in ranks.gather_objects(mine) for answer in answers]
-        return {f"eval/{name}": value for name, value in summarise_answers(answers).items()}
+            mine = evaluator.answer(self.model, share=slice(ranks.rank, None, ranks.world_size))
+        shares = ranks.gather_objects(mine)
+        failures = [bad for _, failures in shares for bad in failures]
+        self.bad_data.note("evaluation", self.order.next_update, failures)
+        summary = summarise_answers([answer for answers, _ in shares for answer in answers], evaluator.num_rows)
+        return {f"eval/{name}": value for name, value in summary.items()}
 
     def encode(self, pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         """Vision features per sample, or pixel values where the tower is trained and the forward encodes them.
@@ -152,7 +164,13 @@ class TrainingRun(Generic[S]):
         if not run.eval_steps:
             return None
         assert data.eval_file is not None
-        held_out = load_questions(data.eval_file, data.eval_video_root or data.video_root).samples[: run.eval_samples]
+        held_out = load_questions(
+            data.eval_file,
+            data.eval_video_root or data.video_root,
+            policy=data.policy,
+            max_bad_fraction=data.max_bad_fraction,
+            limit=run.eval_samples,
+        )
         return Evaluator(
             held_out,
             self.processor,
@@ -164,17 +182,15 @@ class TrainingRun(Generic[S]):
     def _blank(self) -> torch.Tensor:
         return self.processor.blank_pixels(max(self.config.data.num_frames, 1)).to(self.distributed.device)
 
-    def _load(self, place: tuple[int, int]) -> torch.Tensor | None:
-        """The pixels of a sample, or None where its video cannot be decoded and the ledger lets it be skipped. It is
-        never another video."""
+    def _load(self, place: tuple[int, int]) -> torch.Tensor | BadRow:
+        """The pixels of a sample, or why its video cannot be decoded. It is never another video."""
         sample = self.samples[place[0]]
         try:
             return load_pixels(
                 sample.video_path, self.config.data, self.processor.preprocess_frames, self.distributed.device
             )
         except VideoError as error:
-            self.ledger.record(sample.origin, str(error))
-            return None
+            return BadRow(sample.origin, error.problem)
 
     def _places(self) -> Iterator[tuple[int, int]]:
         """(index of the sample, key in the endless stream of samples) of this rank's share of every remaining update:
@@ -186,27 +202,29 @@ class TrainingRun(Generic[S]):
             yield from list(zip(indices, keys, strict=True))[first : first + self.samples_per_rank]
 
     def _updates(self) -> Iterator[Update[S]]:
-        """This rank's share of every remaining update, its clips loaded ahead."""
+        """This rank's share of every remaining update, its clips loaded ahead. What failed counts when it is due."""
         num_threads, depth = self.config.data.num_decode_threads, 2 * self.samples_per_rank
         with ClipPrefetcher(self._load, self._places(), num_threads=num_threads, depth=depth) as clips:
             for update in range(self.order.next_update, len(self.order)):
                 with self.timer.phase("decode_wait"):
                     loaded = list(itertools.islice(clips, self.samples_per_rank))
+                    mine = [result for _, result in loaded if isinstance(result, BadRow)]
+                    failures = [bad for share in self.distributed.gather_objects(mine) for bad in share]
                 assert len(loaded) == self.samples_per_rank
+                self.bad_data.note("training", update + 1, failures)
                 self.order.next_update = update + 1
-                places, pixels = [place for place, _ in loaded], [frames for _, frames in loaded]
+                places = [place for place, _ in loaded]
+                pixels = [None if isinstance(result, BadRow) else result for _, result in loaded]
                 indices, keys = [index for index, _ in places], [key for _, key in places]
                 yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels)
 
     def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
-        """Position in the data, bad samples of all ranks, seconds, tokens per second of training, memory."""
+        """Position in the data, seconds, tokens per second of training, memory."""
         seconds = self.timer.pop_seconds()
         aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
         training_seconds = sum(value for name, value in seconds.items() if name not in aside)
-        bad_samples = self.distributed.sum_across_ranks(torch.tensor(float(self.ledger.num_bad_samples)))
         return {
             "epoch": self.order.epoch(step),
-            "bad_samples": bad_samples.item(),
             **seconds,
             "tokens_per_second": num_tokens / training_seconds,
             "peak_memory_bytes": float(peak_memory_bytes(self.distributed.device)),
@@ -218,17 +236,19 @@ class TrainingRun(Generic[S]):
         if checkpoint is None:
             return 0
         step, state = load_checkpoint(self.distributed, checkpoint, self.output_dir)
-        if "order" not in state:
+        if not {"order", "bad_samples"} <= state.keys():
             raise CheckpointError(
-                f"checkpoint {checkpoint} has no order of samples: it was written by another version of fastr1; resume "
-                "it there, or start a new run from an exported model (model.path)"
+                f"checkpoint {checkpoint} has no order of samples or no list of bad ones: it was written by another "
+                "version of fastr1; resume it there, or start a new run from an exported model (model.path)"
             )
         self.order.load_state_dict(state["order"])
+        self.bad_data.load_state_dict(state["bad_samples"])
         logger.info("resumed from %s at update %d", checkpoint, step)
         return step
 
     def _save(self, step: int) -> Path:
-        state, limit = {"order": self.order.state_dict()}, self.config.run.save_total_limit
+        state = {"order": self.order.state_dict(), "bad_samples": self.bad_data.state_dict(step)}
+        limit = self.config.run.save_total_limit
         with self.timer.phase("checkpoint"):
             return save_checkpoint(self.distributed, self.output_dir, step, state, save_total_limit=limit)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fastr1.config import TrainConfig
+from fastr1.config import DataConfig, TrainConfig
+from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.conversations import load_conversations
+from fastr1.models import Processor
 from fastr1.reporting.statistics import Metrics, TokenSums
 from fastr1.schema import DataError, SftSample, Update
 from fastr1.training.loop import Rows, TrainingRun
@@ -27,8 +29,13 @@ def run_sft(config: TrainConfig) -> Path:
     `config.data.instruction` is not used: the questions of these files carry theirs.
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[SftSample](config, load_conversations) as run:
+    with TrainingRun[SftSample](config, load_conversations, conversation_ids) as run:
         return run.train(SftTrainer(run).step)
+
+
+def conversation_ids(processor: Processor, data: DataConfig, sample: SftSample) -> Pair:
+    """Prompt and answer of a sample. Raises: DataError where they cannot be told apart or do not fit into the model."""
+    return processor.conversation_ids(sample.question, sample.answer, origin=sample.origin)
 
 
 def answer_logps(
@@ -47,19 +54,18 @@ class SftTrainer:
     def __init__(self, run: TrainingRun[SftSample]) -> None:
         self.run = run
         self.distributed = run.distributed
-        # (prompt, answer) of every sample, or why it has none: that goes to the ledger when the sample is due
-        self.examples = [self._tokenize(sample) for sample in run.samples]
 
     def step(self, update: Update[SftSample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the samples. Returns metrics of all ranks."""
         distributed, timer = self.distributed, self.run.timer
         with timer.phase("vision"), distributed.gathered_parameters():
             videos = self.run.encode(update.pixels)
-        pairs, is_tokenized = self._examples_of(update)
-        is_valid = update.is_valid & is_tokenized
+        pairs = [self.run.tokens[i] for i in update.indices]
+        is_valid = update.is_valid
         num_samples = distributed.sum_across_ranks(is_valid.sum().double()).item()
         if num_samples == 0:
-            raise DataError(f'update {update.step}: no sample can be used; set data.policy to "error" to see why')
+            reasons = self.run.output_dir / BAD_SAMPLES_FILE
+            raise DataError(f"update {update.step}: no video could be decoded; repair them, {reasons} has the reasons")
         is_valid = is_valid.to(distributed.device)
         sums = TokenSums()
         with timer.phase("train"):
@@ -75,25 +81,6 @@ class SftTrainer:
             learning_rate = distributed.learning_rate
             grad_norm = distributed.step()
         return {**sums.means(distributed), "grad_norm": grad_norm, "learning_rate": learning_rate}, []
-
-    def _tokenize(self, sample: SftSample) -> Pair | DataError:
-        try:
-            return self.run.processor.conversation_ids(sample.question, sample.answer, origin=sample.origin)
-        except DataError as error:
-            return error
-
-    def _examples_of(self, update: Update[SftSample]) -> tuple[list[Pair], torch.Tensor]:
-        """(prompt, answer) of every sample and whether it counts (B,). In the place of an unusable one stands a prompt
-        with an empty answer, so that every rank takes the same steps; the ledger raises unless it is to be skipped."""
-        processor, pairs = self.run.processor, []
-        for sample, i in zip(update.samples, update.indices, strict=True):
-            example = self.examples[i]
-            if isinstance(example, DataError):
-                self.run.ledger.record(sample.origin, str(example))
-                example = processor.prompt_ids("", origin=sample.origin), torch.tensor(processor.end_token_ids[:1])
-            pairs.append(example)
-        usable = [not isinstance(self.examples[i], DataError) for i in update.indices]
-        return pairs, torch.tensor(usable)
 
     def _pad(self, answers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded ids (B, T) and mask (B, T) bool on the device."""

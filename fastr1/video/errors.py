@@ -20,3 +20,4 @@ class VideoError(DataError):
         super().__init__(f"{path}: {reason.rstrip('.')}. {remedy}")
         self.path = path
         self.reason = reason
+        self.problem = f"{path}: {reason.rstrip('.')}"  # without the remedy

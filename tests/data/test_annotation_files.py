@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import pytest
 from shared_data import shared_path
 
 from fastr1.config import ConfigError
+from fastr1.data.bad_samples import BadSampleFile
 from fastr1.data.conversations import load_conversations
-from fastr1.data.ledger import BadSampleLedger
+from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.questions import load_questions, option_letters
-from fastr1.schema import DataError, Sample, SftSample
+from fastr1.schema import BadSample, DataError, Sample, SftSample
 
 PROBLEM = "What is shown?\nOptions:\nA. owl.\nB. sheep.\nC. dog."
 
@@ -250,37 +250,98 @@ def test_check_files_off_accepts_absent_videos(root: Path) -> None:
     assert load_questions(file, root / "nowhere", check_files=False).samples[0].video_path.name == "none.mp4"
 
 
-def test_ledger_raises_at_once_under_the_error_policy() -> None:
-    ledger = BadSampleLedger(1000)
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: no frames; repair"):
-        ledger.record("rows.jsonl:3", "no frames")
+def loaded_with(root: Path, num_good: int, num_bad: int) -> LoadedSamples[Sample]:
+    file = write_jsonl(root, *[grpo_row()] * num_good, *[grpo_row(solution="B")] * num_bad)
+    return load_questions(file, root, policy="skip", max_bad_fraction=1.0)
 
 
-def test_ledger_counts_distinct_samples_and_dropped_rows_against_the_bound() -> None:
-    ledger = BadSampleLedger(100, policy="skip", max_bad_fraction=0.05, num_bad_rows=3)
-    for _ in range(4):
-        ledger.record("rows.jsonl:3", "no frames")
-    ledger.record("rows.jsonl:9", "cut short")
-    assert ledger.num_bad_samples == 2
-    with pytest.raises(DataError, match=r"6 of 100 rows.*rows\.jsonl:3: no frames; rows\.jsonl:9: cut short"):
-        ledger.record("rows.jsonl:11", "no frames")
+def test_limit_reads_the_first_rows_and_makes_up_for_no_bad_one(root: Path) -> None:
+    file = write_jsonl(root, grpo_row(), b"", grpo_row(solution="B"), grpo_row(), grpo_row(problem=""))
+    loaded = load_questions(file, root, policy="skip", max_bad_fraction=0.5, limit=3)
+    assert [sample.origin for sample in loaded.samples] == ["rows.jsonl:1", "rows.jsonl:4"]
+    assert [bad.origin for bad in loaded.bad_rows] == ["rows.jsonl:3"]
 
 
-def test_ledger_loses_no_count_between_threads() -> None:
-    ledger = BadSampleLedger(10_000, policy="skip", max_bad_fraction=1.0)
-    barrier = threading.Barrier(8)
+def test_text_that_does_not_fit_is_a_bad_row(root: Path) -> None:
+    file = write_jsonl(root, grpo_row(), grpo_row(problem=f"Long. {PROBLEM}"), grpo_row(), grpo_row(solution="B"))
+    loaded = load_questions(file, root, policy="skip", max_bad_fraction=0.5)
 
-    def work(thread: int) -> None:
-        barrier.wait()
-        for i in range(100):
-            ledger.record(f"rows.jsonl:{thread}-{i}", "no frames")
+    def tokenize(sample: Sample) -> int:
+        if sample.problem.startswith("Long"):
+            raise DataError(f"{sample.origin}: the prompt has 9 tokens; shorten it")
+        return len(sample.problem)
 
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ledger.num_bad_samples == 800
+    fitting, tokens = tokenize_samples(loaded, tokenize, policy="skip", max_bad_fraction=0.5)
+    assert [sample.origin for sample in fitting.samples] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert tokens == [len(PROBLEM)] * 2
+    assert [bad.line for bad in fitting.bad_rows] == [2, 4]  # in file order
+    assert fitting.num_rows == 4
+    expected = rf'{file}:2: the prompt has 9 tokens; shorten it, or set data\.policy to "skip"'
+    with pytest.raises(DataError, match=expected):
+        tokenize_samples(loaded, tokenize, policy="error", max_bad_fraction=0.5)
+    with pytest.raises(DataError, match="2 of 4 rows cannot be used"):
+        tokenize_samples(loaded, tokenize, policy="skip", max_bad_fraction=0.25)
+
+
+def test_ledger_raises_at_once_under_the_error_policy(root: Path) -> None:
+    ledger = BadSampleLedger(loaded_with(root, 1000, 0))
+    with pytest.raises(DataError, match=rf"{root}/rows\.jsonl:3: no frames; repair"):
+        ledger.record([BadRow("rows.jsonl:3", "no frames")], step=1, when="training")
+    assert ledger.num_bad == 0
+
+
+def test_ledger_counts_distinct_samples_and_dropped_rows_against_the_bound(root: Path) -> None:
+    ledger = BadSampleLedger(loaded_with(root, 97, 3), policy="skip", max_bad_fraction=0.05)
+    assert (ledger.num_bad, ledger.num_rows) == (3, 100)
+    again = [BadRow("rows.jsonl:3", "no frames"), BadRow("rows.jsonl:9", "cut short")]
+    new = ledger.record([again[0], *again], step=4, when="training")
+    file = str(root / "rows.jsonl")
+    assert new == [
+        BadSample(4, "training", file, 3, "no frames"),
+        BadSample(4, "training", file, 9, "cut short"),
+    ]
+    assert ledger.record(again, step=5, when="training") == []
+    assert ledger.num_bad == 5
+    ledger.check_bound()
+    ledger.record([BadRow("rows.jsonl:11", "no frames")], step=6, when="training")
+    with pytest.raises(DataError, match=r"6 of 100 rows.*rows\.jsonl:98: solution 'B'.*rows\.jsonl:99.*and 3 more"):
+        ledger.check_bound()
+
+
+def test_ledger_goes_on_from_its_state_and_reads_the_file_again(root: Path) -> None:
+    loaded = loaded_with(root, 8, 2)
+    ledger = BadSampleLedger(loaded, policy="skip", max_bad_fraction=0.5)
+    ledger.record([BadRow("rows.jsonl:3", "no frames")], step=4, when="training")
+    ledger.record([BadRow("rows.jsonl:5", "no frames")], step=6, when="training")
+    resumed = BadSampleLedger(loaded, policy="skip", max_bad_fraction=0.5)
+    resumed.load_state_dict(json.loads(json.dumps(ledger.state_dict(5))))
+    assert resumed.rows == ledger.rows[:3]
+    assert [row.line for row in resumed.rows] == [9, 10, 3]
+
+
+def test_line_of_a_bad_entry_of_a_list(root: Path) -> None:
+    loaded = load_conversations(write_json(root, [sft_row(), "text"]), root, policy="skip", max_bad_fraction=0.5)
+    ledger = BadSampleLedger(loaded, policy="skip", max_bad_fraction=0.5)
+    assert [(row.step, row.when, row.line) for row in ledger.rows] == [(0, "reading", 1)]
+    ledger.record([BadRow("rows.json[0]", "no frames")], step=1, when="training")
+    with pytest.raises(DataError, match=r"rows\.json\[1\]: the row is str.*rows\.json\[0\]: no frames"):
+        ledger.check_bound()
+
+
+def test_file_of_bad_samples_is_there_only_with_rows(tmp_path: Path) -> None:
+    rows = [BadSample(0, "reading", "a.jsonl", 3, "kaputt é"), BadSample(2, "training", "a.jsonl", 5, "two\nlines")]
+    file = BadSampleFile(tmp_path / "run")
+    file.rewrite([])
+    file.append([])
+    assert not file.path.exists()
+    file.rewrite(rows[:1])
+    file.append(rows[1:])
+    assert [BadSample(**json.loads(line)) for line in file.path.read_text().splitlines()] == rows
+    BadSampleFile(tmp_path / "run", is_main=False).rewrite([])
+    BadSampleFile(tmp_path / "run", is_main=False).append(rows)
+    assert len(file.path.read_text().splitlines()) == 2
+    file.rewrite([])
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize(

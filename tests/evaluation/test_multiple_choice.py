@@ -77,6 +77,7 @@ def test_summary_counts_unparsable_answers_as_wrong() -> None:
             "unparsable_rate": 1 / 5,
             "completion_length": 28 / 5,
             "num_questions": 5,
+            "num_left_out": 0,
             "accuracy/what": 1 / 2,
             "accuracy/where": 2 / 3,
         }
@@ -163,8 +164,34 @@ def test_bad_video_is_never_left_out_of_the_rate(world: Path, tmp_path: Path) ->
     broken = tmp_path / "broken"
     shutil.copytree(world, broken)
     (broken / "4.mp4").write_bytes(b"not a video")
-    with pytest.raises(DataError, match=r"4\.mp4"):
+    with pytest.raises(DataError, match=r"questions\.jsonl:5: .*4\.mp4: .*repair or remove the sample"):
         evaluate(world / "base", broken, tmp_path)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_left_out_questions_are_counted_and_named(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, batch_size: int
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    (broken / "4.mp4").write_bytes(b"not a video")
+    rows = [json.loads(line) for line in (broken / "questions.jsonl").read_text().splitlines()]
+    rows[1]["solution"] = "Z"
+    rows[2]["problem"] = "Well, " * 400 + rows[2]["problem"]
+    (broken / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    skip = {"policy": "skip", "max_bad_fraction": 0.5, "data_file": broken / "questions.jsonl"}
+    summary, answers = evaluate(world / "base", broken, tmp_path, batch_size=batch_size, **skip)
+    assert (summary["num_questions"], summary["num_left_out"]) == (3, 3)
+    assert [answer["sample_id"] for answer in answers] == ["0", "3", "5"]
+    left_out = json.loads((tmp_path / "answers.json").read_text())["left_out"]
+    assert [(row["when"], row["line"]) for row in left_out] == [("reading", 2), ("reading", 3), ("evaluation", 5)]
+    assert all(f"questions.jsonl, line {line} is left out: " in caplog.text for line in (2, 3, 5))
+    _, whole = evaluate(world / "base", world, tmp_path, batch_size=batch_size)
+    assert answers == [whole[i] for i in (0, 3, 5)]
+    summary, _ = evaluate(world / "base", broken, tmp_path, limit=4, **skip)
+    assert (summary["num_questions"], summary["num_left_out"]) == (2, 2)  # of the first four rows
+    with pytest.raises(DataError, match=r"3 of 6 rows cannot be used.*allows 0\.4"):
+        evaluate(world / "base", broken, tmp_path, **{**skip, "max_bad_fraction": 0.4})
 
 
 def test_chat_splits_thinking_and_answer(world: Path, learnt: Path) -> None:

@@ -35,7 +35,7 @@ from fastr1.reporting.run_log import read_rows
 from fastr1.reporting.statistics import mean_metrics
 from fastr1.schema import DataError, Sample, Update
 from fastr1.training.checkpoint import CheckpointError
-from fastr1.training.grpo import GRPOTrainer, run_grpo
+from fastr1.training.grpo import GRPOTrainer, prompt_ids, run_grpo
 from fastr1.training.loop import TrainingRun
 from fastr1_kernels import LOSSES
 
@@ -284,7 +284,7 @@ def test_skipped_video_contributes_nothing(world: Path, tmp_path: Path, loss_typ
     states = []
     for num_samples in (4, 3):
         config = make_config(world, tmp_path, grpo__loss_type=loss_type, grpo__beta=0.1)
-        with TrainingRun[Sample](config, load_questions) as run:
+        with TrainingRun[Sample](config, load_questions, prompt_ids) as run:
             samples = run.samples[:num_samples]
             pixels: list[torch.Tensor | None] = [torch.full((4, 3, 28, 28), 0.1 * i) for i in range(3)]
             pixels += [None] * (num_samples - 3)
@@ -297,7 +297,7 @@ def test_skipped_video_contributes_nothing(world: Path, tmp_path: Path, loss_typ
 
 
 def test_update_without_any_video_is_an_error(world: Path, tmp_path: Path) -> None:
-    with TrainingRun[Sample](make_config(world, tmp_path), load_questions) as run:
+    with TrainingRun[Sample](make_config(world, tmp_path), load_questions, prompt_ids) as run:
         update = Update(7, run.samples[:2], [0, 1], [0, 1], [None, None])
         with pytest.raises(DataError, match=r"update 7: no video could be decoded.*0\.mp4"):
             GRPOTrainer(run).step(update)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_toys import run_on_two_ranks
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.nn.utils.rnn import pad_sequence
-from trainer_toys import NUM_SAMPLES, TOYS, exported, make_config, metrics_of, write_world
+from trainer_toys import NUM_SAMPLES, exported, make_config, metrics_of, write_world
 
 from fastr1.models import load_model
 from fastr1.models.family import read_config
@@ -58,10 +55,11 @@ def test_losses_match_the_original(cut: bool) -> None:
     samples, expected = original_samples()
     folder = shared_path(FIXTURE + "group")
     limit = expected["truncated"]["tokenizer_model_max_length"] if cut else None
-    model, processor = load_model(folder, device="cpu", dtype="float32"), processor_with_limit(folder, limit)
+    model, processor = load_model(folder, device="cpu", dtype="float32"), processor_with_limit(folder, None)
     pixels = load_file(shared_path(FIXTURE + "group_expected.safetensors"))["pixel_values"]
     examples = [processor.conversation_ids(s.question, s.answer, origin=s.origin) for s in samples]
-    answers = [answer_ids for _, answer_ids in examples]
+    room = [(limit or 10_000) - (len(prompt_ids) - 1 + 16) for prompt_ids, _ in examples]
+    answers = [answer_ids[:r] for (_, answer_ids), r in zip(examples, room, strict=True)]  # as the original cuts
     ids = pad_sequence(answers, batch_first=True, padding_value=processor.pad_token_id)
     lengths = torch.tensor([len(answer_ids) for answer_ids in answers])
     mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
@@ -130,14 +128,14 @@ def test_answer_that_cannot_be_separated(world: Path, tmp_path: Path) -> None:
     content = json.loads((world / "coldstart.json").read_text())
     content[2]["conversations"][1]["value"] = "one ASSISTANT: two"
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    bad = {"data__train_file": str(tmp_path / "bad.json"), "optim__per_device_train_batch_size": NUM_SAMPLES}
+    bad = {"data__train_file": str(tmp_path / "bad.json"), "optim__per_device_train_batch_size": NUM_SAMPLES - 1}
     with pytest.raises(DataError, match=r"bad\.json\[2\]"):
         run_sft(sft_config(world, tmp_path / "error", **bad))
     skip = {"data__policy": "skip", "data__max_bad_fraction": 0.5, "optim__max_steps": 1}
     run_sft(sft_config(world, tmp_path / "skip", **bad, **skip))
     del content[2]
     (tmp_path / "good.json").write_text(json.dumps(content))
-    good = {**bad, **skip, "data__train_file": str(tmp_path / "good.json"), "optim__per_device_train_batch_size": 5}
+    good = {**bad, **skip, "data__train_file": str(tmp_path / "good.json")}
     run_sft(sft_config(world, tmp_path / "good", **good))
     skipped, without = metrics_of(tmp_path / "skip")[0], metrics_of(tmp_path / "good")[0]
     assert skipped["bad_samples"] == 1
@@ -145,27 +143,12 @@ def test_answer_that_cannot_be_separated(world: Path, tmp_path: Path) -> None:
         assert skipped[name] == pytest.approx(without[name], rel=1e-5)
 
 
-def _train_with_a_bad_answer(rank: int, folder: Path) -> None:
-    sys.path.insert(0, str(TOYS))
-    skip = {"data__policy": "skip", "data__max_bad_fraction": 0.5, "optim__max_steps": 2}
-    data = {"data__train_file": str(folder / "bad.json"), "optim__per_device_train_batch_size": NUM_SAMPLES // 2}
-    run_sft(sft_config(folder / "world", folder / "out", **skip, **data))
-
-
-def test_two_processes_count_a_bad_answer_when_it_is_due_and_once(world: Path, tmp_path: Path) -> None:
-    content = json.loads((world / "coldstart.json").read_text())
-    content[2]["conversations"][1]["value"] = "one ASSISTANT: two"
-    (tmp_path / "bad.json").write_text(json.dumps(content))
-    shutil.copytree(world, tmp_path / "world")
-    run_on_two_ranks(_train_with_a_bad_answer, tmp_path)
-    assert metrics_of(tmp_path / "out")[0]["bad_samples"] == 1  # every sample once in the first update
-
-
-def test_prompt_that_fills_the_context_is_an_error(world: Path) -> None:
+def test_turn_that_does_not_fit_is_an_error(world: Path) -> None:
     turn = {"question": "What is it?", "answer": "<answer> A </answer>", "origin": "file.json[1]"}
     prompt_ids, answer_ids = processor_with_limit(world / "base", None).conversation_ids(**turn)
     positions = len(prompt_ids) - 1 + 4
-    _, cut = processor_with_limit(world / "base", positions + 2).conversation_ids(**turn)
-    assert cut.tolist() == answer_ids.tolist()[:2]
-    with pytest.raises(DataError, match=rf"file\.json\[1\]: the prompt has {positions} positions"):
-        processor_with_limit(world / "base", positions).conversation_ids(**turn)
+    whole = positions + len(answer_ids)
+    assert processor_with_limit(world / "base", whole).conversation_ids(**turn)[1].tolist() == answer_ids.tolist()
+    for limit in (whole - 1, positions, 1):
+        with pytest.raises(DataError, match=rf"file\.json\[1\]: the prompt has {positions} positions, the answer "):
+            processor_with_limit(world / "base", limit).conversation_ids(**turn)

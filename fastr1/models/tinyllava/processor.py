@@ -41,16 +41,15 @@ class TinyLlavaProcessor(Processor):
         return torch.tensor(ids)
 
     def conversation_ids(self, question: str, answer: str, *, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answer is cut at the model's maximum length, as generation is."""
         prompt_ids, answer_ids = split_conversation(question, answer, self.tokenizer, origin=origin)
-        max_length = self._config.max_length
-        room = max_length - (len(prompt_ids) - 1 + self._config.num_queries)
-        if room < 1:
+        max_length, prompt_length = self._config.max_length, len(prompt_ids) - 1 + self._config.num_queries
+        if prompt_length + len(answer_ids) > max_length:
             raise DataError(
-                f"{origin}: the prompt has {max_length - room} positions and tokenizer_model_max_length is "
-                f"{max_length}; shorten the question or raise the limit in the config.json of the model"
+                f"{origin}: the prompt has {prompt_length} positions, the answer {len(answer_ids)} tokens, and "
+                f"tokenizer_model_max_length is {max_length}; shorten the text or raise the limit in the config.json "
+                "of the model"
             )
-        return torch.tensor(prompt_ids), torch.tensor(answer_ids[:room])
+        return torch.tensor(prompt_ids), torch.tensor(answer_ids)
 
     def preprocess_frames(self, frames: torch.Tensor) -> torch.Tensor:
         side = self._config.image_size
