@@ -3,8 +3,10 @@
 from fastr1.config.checks import ConfigError, check_config, check_deepspeed, check_reward, check_value, without_auto
 from fastr1.config.fields import (
     INSTRUCTION,
+    Backend,
     Control,
     DataConfig,
+    Dtype,
     GRPOConfig,
     ModelConfig,
     ModelPart,
@@ -21,9 +23,11 @@ from fastr1.config.shipped import PACKAGE, find_shipped, shipped_configs
 __all__ = [
     "INSTRUCTION",
     "PACKAGE",
+    "Backend",
     "ConfigError",
     "Control",
     "DataConfig",
+    "Dtype",
     "GRPOConfig",
     "ModelConfig",
     "ModelPart",

@@ -22,7 +22,7 @@ import torch
 from fastr1.config import PACKAGE, Control, load_config, shipped_configs
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
-from fastr1.evaluation.multiple_choice import evaluate_checkpoint
+from fastr1.evaluation.checkpoint import evaluate_checkpoint
 from fastr1.reporting.curves import SUMMARY_FILE, write_report
 from fastr1.reporting.run_log import METRICS_FILE, read_rows
 from fastr1.schema import DataError
@@ -157,7 +157,6 @@ def _evaluate(root: Path, model: Path, *, control: Control | None = None) -> dic
         model_path=model,
         data_file=root / "data" / "test.jsonl",
         video_root=root / "data",
-        num_frames=config.data.num_frames,
         batch_size=config.run.per_device_eval_batch_size,
         max_completion_length=config.grpo.max_completion_length,
         control=control,
