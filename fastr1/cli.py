@@ -49,10 +49,13 @@ def report_errors(action: Callable[[], int]) -> int:
         return 2
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The options that choose a configuration."""
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="JSON configuration, or the name of a shipped one, e.g. grpo"
+        "--config",
+        required=required,
+        metavar="FILE",
+        help="JSON configuration, or the name of a shipped one, e.g. grpo",
     )
     parser.add_argument(
         "--set",
@@ -103,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="PNG", help="where to write it (default: RUN_DIR/report.png)")
     doctor = _add(commands, "doctor", _doctor, "check what works on this machine", "--json")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
+    add_config_arguments(doctor, required=False)
     return parser
 
 
@@ -210,7 +214,10 @@ def _report(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from fastr1.doctor import doctor
 
-    return doctor(as_json=args.json)
+    if args.config is None and args.overrides:
+        raise ConfigError("--set changes a configuration: give --config too")
+    config = None if args.config is None else load_config(args.config, args.overrides)
+    return doctor(as_json=args.json, config=config)
 
 
 if __name__ == "__main__":

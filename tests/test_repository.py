@@ -132,7 +132,7 @@ ROOMS: dict[str, set[str]] = {
     "rollout": {"config", "schema", "models"},
     "evaluation": {"config", "schema", "data", "video", "rewards", "models", "rollout"},
     "training": {"config", "schema", "data", "video", "rewards", "reporting", "models", "rollout", "evaluation"},
-    "doctor": {"video"},
+    "doctor": {"config", "video", "models", "training"},
     "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
     "cli": {"config", "doctor", "demo", "reporting", "evaluation", "training"},
     "train": {"config", "cli"},

@@ -121,6 +121,15 @@ def test_command_without_the_extra_says_what_to_install(installed: Path, tmp_pat
     assert re.search(r"error: the package '\w+' is not installed; .* pip install 'fastr1\[train\]'", done.stderr)
 
 
+def test_doctor_without_any_library_says_what_is_missing(installed: Path, tmp_path: Path) -> None:
+    code = "import sys; from fastr1.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = run_alone(code, [installed], tmp_path, "doctor")
+    assert done.returncode == 1, done.stderr
+    missing = re.findall(r"^MISSING (\S+)", done.stdout, flags=re.MULTILINE)
+    assert {"torch", "transformers", "deepspeed", "av"} <= set(missing)
+    assert "pip install 'fastr1[train]'" in done.stdout
+
+
 @pytest.mark.slow
 def test_commands_run_from_an_empty_folder_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     """The heavy libraries are seen through a .pth file; what that file does not show is this checkout."""
