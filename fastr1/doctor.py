@@ -57,7 +57,7 @@ _LIBRARIES = (
         "torchcodec",
         False,
         "pip install torchcodec (0.13 with a CPU-only torch, 0.14 or later with CUDA 13) and FFmpeg 4 to 8 shared "
-        "libraries, or run scripts/link_ffmpeg.py; without torchcodec, PyAV decodes on the CPU",
+        "libraries, or run scripts/link_ffmpeg.py of a checkout; without torchcodec, PyAV decodes on the CPU",
     ),
     _Library(
         "liger-kernel",
@@ -242,7 +242,7 @@ def _check_kernels() -> str:
 def _run_kernels() -> list[Check]:
     """Every kernel once, in a process of its own: what a kernel breaks ends there, and Triton's interpreter is chosen
     when triton is imported."""
-    remedy = "compare the versions of torch and triton with requirements.txt; python -m fastr1_kernels.selfcheck"
+    remedy = "python -m fastr1_kernels.selfcheck tells more; is this the triton that this torch asks for?"
     try:
         done = _run_selfcheck()
         findings = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

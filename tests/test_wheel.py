@@ -122,8 +122,8 @@ def test_command_without_the_extra_says_what_to_install(installed: Path, tmp_pat
 
 
 def test_doctor_without_any_library_says_what_is_missing(installed: Path, tmp_path: Path) -> None:
-    code = "import sys; from fastr1.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = run_alone(code, [installed], tmp_path, "doctor")
+    code = "from fastr1 import cli, doctor; doctor._run_kernels = list; sys.exit(cli.main(sys.argv[1:]))"
+    done = run_alone(f"import sys; {code}", [installed], tmp_path, "doctor")
     assert done.returncode == 1, done.stderr
     missing = re.findall(r"^MISSING (\S+)", done.stdout, flags=re.MULTILINE)
     assert {"torch", "transformers", "deepspeed", "av"} <= set(missing)
