@@ -8,6 +8,7 @@ from typing import Any, get_args
 from fastr1.config import (
     INSTRUCTION,
     Backend,
+    ConfigError,
     Control,
     DataConfig,
     Dtype,
@@ -94,7 +95,13 @@ def what_to_ask(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def how_to_ask(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that `evaluate_checkpoint` and `chat` share, by their names there."""
+    """The arguments that `evaluate_checkpoint` and `chat` share, by their names there.
+
+    Raises: ConfigError for sampling options that greedy decoding would ignore.
+    """
+    if args.temperature == 0 and (args.top_p < 1 or args.seed):
+        name, value = ("--top-p", args.top_p) if args.top_p < 1 else ("--seed", args.seed)
+        raise ConfigError(f"{name} {value} has no effect with --temperature 0: give a temperature above 0 to sample")
     names = ["num_frames", "max_frames", "instruction", "backend"]
     names += ["max_completion_length", "temperature", "top_p", "seed", "dtype", "device"]
     return {name: getattr(args, name) for name in names}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastr1 import __version__
-from fastr1.config import Backend, DataConfig, TrainConfig
+from fastr1.config import Backend, ConfigError, DataConfig, TrainConfig
 from fastr1.schema import DataError
 from fastr1.video import BackendError, resolve_backend
 
@@ -84,22 +84,29 @@ def data_settings(
     """How to ask this model: what is given here, else what its training recorded, else defaults; logged in one line.
 
     A recorded decoder that cannot be loaded here is replaced by the one that can, which that line says; one that is
-    given is not. Raises: DataError for a damaged record, BackendError for a given decoder that cannot be loaded.
+    given is not. Raises: DataError for a damaged record, BackendError for a given decoder that cannot be loaded,
+    ConfigError for a limit of frames that has no effect.
     """
     recorded = read_recorded(model_path)
     trained: dict[str, Any] = {} if recorded is None else asdict(recorded)
-    if num_frames is not None:
+    if num_frames not in (None, trained.get("num_frames")):
         trained["max_frames"] = None  # it belongs to the recorded number
     given = {"num_frames": num_frames, "max_frames": max_frames, "instruction": instruction}
     values, sources = {}, {}
     for name, value in given.items():
         values[name], sources[name] = _choose(value, trained.get(name), getattr(DataConfig, name))
+    if max_frames is not None and values["num_frames"] != -1:
+        raise ConfigError(
+            f"max_frames is {max_frames} but num_frames is {values['num_frames']} ({sources['num_frames']}); it limits "
+            "one frame per second: leave it out, or set num_frames to -1"
+        )
     decoder, why = _choose_decoder(backend, trained.get("backend"))
     data = DataConfig(**values, backend=decoder)
     frames = "one frame per second" if data.num_frames == -1 else f"{data.num_frames} frames"
-    if data.num_frames == -1 and data.max_frames is not None:
-        frames += f", at most {data.max_frames}"
-    how = f"{frames} ({sources['num_frames']}), instruction {data.instruction!r} ({sources['instruction']})"
+    how = f"{frames} ({sources['num_frames']}), "
+    if data.max_frames is not None:
+        how += f"at most {data.max_frames} ({sources['max_frames']}), "
+    how += f"instruction {data.instruction!r} ({sources['instruction']})"
     logger.info("%s: %s, decoder %s (%s)", model_path, how, decoder, why)
     return data
 

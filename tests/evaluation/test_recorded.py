@@ -58,7 +58,7 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
         (
             {"num_frames": -1, "max_frames": 9},
             DataConfig(num_frames=-1, max_frames=9, instruction="Be brief.", backend="pyav"),
-            "one frame per second, at most 9 (given; trained with 3), instruction 'Be brief.' (as trained), "
+            "one frame per second (given; trained with 3), at most 9 (given), instruction 'Be brief.' (as trained), "
             "decoder pyav (as trained)",
         ),
     ],
@@ -69,6 +69,18 @@ def test_recorded_settings_are_used_unless_overridden_and_said(
     caplog.set_level(logging.INFO, "fastr1")
     assert data_settings(trained, **given) == expected
     assert said(caplog) == f"{trained}: {sentence}"
+
+
+def test_a_limit_of_frames_is_kept_with_the_recorded_number_alone(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record_settings(tmp_path, make_config(world, tmp_path, data__num_frames=-1, data__max_frames=9))
+    caplog.set_level(logging.INFO, "fastr1")
+    assert data_settings(tmp_path, num_frames=-1).max_frames == data_settings(tmp_path).max_frames == 9
+    assert data_settings(tmp_path, num_frames=4).max_frames is None
+    caplog.clear()
+    assert data_settings(tmp_path, max_frames=5).max_frames == 5
+    assert "one frame per second (as trained), at most 5 (given; trained with 9), " in said(caplog)
 
 
 def test_a_folder_without_a_record_takes_the_defaults_and_says_so(
@@ -169,6 +181,21 @@ def test_chat_shows_thinking_and_answer_apart() -> None:
     assert ChatAnswer(None, "B", "<answer>B</answer>").format() == (
         "completion, not in the form <think> … </think> <answer> … </answer>:\n<answer>B</answer>\n\nanswer:\nB"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--max-frames", "9"], "max_frames is 9 but num_frames is 3 (as trained)"),
+        (["--top-p", "0.5"], "--top-p 0.5 has no effect with --temperature 0"),
+        (["--seed", "3"], "--seed 3 has no effect with --temperature 0"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    world: Path, trained: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["chat", str(trained), str(world / "0.mp4"), "Which?", *options]) == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:x", "cpu:1", "cuda:99", "", "meta"])
