@@ -95,7 +95,6 @@ def _grpo_loss(level: str) -> Callable[[Inputs], "list[Tensor]"]:
             x["logits"],
             x["token_ids"],
             num_generations=2,
-            loss_type="grpo",
             beta=0.1,
             importance_sampling_level=level,
             **keywords,
@@ -110,7 +109,7 @@ def _linear_grpo_loss(x: Inputs) -> "list[Tensor]":
     from . import linear_grpo_loss
 
     keywords: dict[str, Any] = {name: x[name] for name in ("mask", "rewards", "old_logps")}
-    output = linear_grpo_loss(x["hidden"], x["weight"], x["token_ids"], num_generations=2, loss_type="grpo", **keywords)
+    output = linear_grpo_loss(x["hidden"], x["weight"], x["token_ids"], num_generations=2, **keywords)
     output.loss.backward()
     return [output.loss, _gradient(x["hidden"]), _gradient(x["weight"])]
 
