@@ -1,4 +1,4 @@
-"""The `fastr1` command: train, sft, eval, chat, demo-data, demo, report, doctor.
+"""The `fastr1` command: train, sft, check-data, eval, chat, demo-data, demo, report, doctor.
 
 Heavy modules are imported inside the commands, so `--help` is quick and a wrong configuration is reported before torch
 loads. Our own errors print as one line and exit with code 2; FASTR1_DEBUG=1 shows their traceback.
@@ -16,7 +16,14 @@ from pathlib import Path
 
 from fastr1 import __version__
 from fastr1.config import ConfigError, TrainConfig, load_config
-from fastr1.evaluation.arguments import add_chat_arguments, add_eval_arguments, how_to_ask, positive, what_to_ask
+from fastr1.evaluation.arguments import (
+    add_chat_arguments,
+    add_eval_arguments,
+    how_to_ask,
+    not_negative,
+    positive,
+    what_to_ask,
+)
 
 Command = Callable[[argparse.Namespace], int]
 # modules of the extra `train`, torch included, by which its absence shows
@@ -97,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--config configs/demo_coldstart.json",
     )
     add_config_arguments(sft)
+    _add_check_data(commands)
     _add_eval(commands)
     _add_chat(commands)
     _add_demo(commands)
@@ -122,6 +130,17 @@ def _add(
     )
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_check_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    help_ = "decode every video of a configuration and write its files without the bad rows"
+    parser = _add(commands, "check-data", _check_data, help_, "--config configs/grpo.json")
+    add_config_arguments(parser)
+    parser.add_argument("--output-dir", metavar="DIR", help="where to write (default: beside data.train_file)")
+    parser.add_argument("--num-workers", type=positive, help="processes that decode (default: one per core)")
+    parser.add_argument(
+        "--timeout-seconds", type=not_negative, default=300.0, help="of one video (default: %(default)g)"
+    )
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -166,6 +185,14 @@ def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
         raise ConfigError(f"{args.config}: task is {config.task!r}; run `fastr1 {other_command}`")
     run_config(config)
     return 0
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from fastr1.check_data import check_data
+
+    workers, timeout = args.num_workers, args.timeout_seconds
+    return check_data(config, output_dir=args.output_dir, num_workers=workers, timeout_seconds=timeout)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+if TYPE_CHECKING:  # the processes that rewards run in start without torch
+    import torch
 
 
 class DataError(ValueError):
@@ -51,7 +52,7 @@ class BadSample:
     """A row of an annotation file that is left out, or whose video is: one line of bad_samples.jsonl."""
 
     step: int  # the update at which it was due; 0: before the first one
-    when: str  # "reading" (the file), "training" or "evaluation"
+    when: str  # "reading" (the file), "training", "evaluation", or "checking" (by `fastr1 check-data`)
     file: str  # the annotation file
     line: int  # of a JSONL file, from 1; the entry of a JSON list, from 0
     reason: str
@@ -100,10 +101,13 @@ class Update(Generic[S]):
     indices: list[int]  # B places of the samples in the list of all samples
     keys: list[int]  # B places in the endless stream of samples, which do not depend on the number of ranks
     pixels: list[torch.Tensor | None]  # B × (F, 3, H, W); None: undecodable and to be skipped
+    is_lost: bool = False  # no video of the whole update, on any rank, could be decoded
 
     @property
     def is_valid(self) -> torch.Tensor:
         """(B,) bool on the CPU."""
+        import torch
+
         return torch.tensor([pixels is not None for pixels in self.pixels])
 
 

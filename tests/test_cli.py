@@ -19,7 +19,7 @@ from fastr1.evaluation.chat import chat
 from fastr1.schema import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ["train", "sft", "eval", "chat", "demo-data", "demo", "report", "doctor"]
+COMMANDS = ["train", "sft", "check-data", "eval", "chat", "demo-data", "demo", "report", "doctor"]
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
 
 

@@ -51,6 +51,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.num_decode_threads": _AT_LEAST_ONE,
     "reward.functions": (lambda value: len(value) >= 1, "a list of at least one reward function"),
     "reward.max_think_chars": _AT_LEAST_ONE,
+    "reward.num_workers": (lambda value: value >= 0, "0 or more; 0 runs rewards in the training process"),
+    "reward.timeout_seconds": _ABOVE_ZERO,
     "grpo.num_generations": (lambda value: value >= 2, "2 or more: a group of one has no advantage to learn from"),
     "grpo.top_k": (lambda value: value >= 0, "0 or more; 0 samples from the full vocabulary"),
     "grpo.top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
@@ -116,6 +118,7 @@ def check_reward(reward: RewardConfig) -> None:
         check_value(f"reward.{field.name}", getattr(reward, field.name))
     if len(set(reward.functions)) != len(reward.functions):
         raise ConfigError(f"reward.functions names a function twice: {list(reward.functions)}; use reward.weights")
+    _check_reward_calls(reward)
     if reward.weights is None:
         return
     if len(reward.weights) != len(reward.functions):
@@ -126,6 +129,23 @@ def check_reward(reward: RewardConfig) -> None:
         raise ConfigError(
             f"reward.weights is {list(reward.weights)}; nothing would be rewarded, make one of them non-zero"
         )
+
+
+def _check_reward_calls(reward: RewardConfig) -> None:
+    """Refuses settings about calls that nothing would read."""
+    if reward.timeout_reward is not None and reward.timeout_seconds is None:
+        raise ConfigError(
+            f"reward.timeout_reward is {reward.timeout_reward} but reward.timeout_seconds is not set, so no call times "
+            "out; set it too, or leave both out"
+        )
+    if not any(":" in name for name in reward.functions):
+        for name in ("num_workers", "timeout_seconds"):
+            value = getattr(reward, name)
+            if value != getattr(RewardConfig, name):
+                raise ConfigError(
+                    f"reward.{name} is {value} but reward.functions is {list(reward.functions)}, all built in, and "
+                    "these run in the training process: leave it out"
+                )
 
 
 def check_deepspeed(deepspeed: dict[str, Any], dtype: str) -> None:

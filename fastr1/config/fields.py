@@ -60,6 +60,10 @@ class RewardConfig:
     correct: float = 1.0  # r2
     max_think_chars: int = 1200  # ML, length at which the bonus saturates
     bad_format: float = -2.0
+    # Functions named "module:function" may be slow or risky. With workers, each call is for one completion.
+    num_workers: int = 0  # processes beside each training process that run them; 0: they run in the training process
+    timeout_seconds: float | None = None  # of one call; a call past it is killed
+    timeout_reward: float | None = None  # what its completion gets then; None: the run stops with an error
 
 
 @dataclass(frozen=True)

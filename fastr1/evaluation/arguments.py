@@ -74,7 +74,7 @@ def _add_how_to_ask(parser: argparse.ArgumentParser) -> None:
         "--max-completion-length", type=positive, default=length, help="in tokens (default: %(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=_not_negative, default=0.0, help="0 takes the likeliest token (default: %(default)s)"
+        "--temperature", type=not_negative, default=0.0, help="0 takes the likeliest token (default: %(default)s)"
     )
     parser.add_argument(
         "--top-p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)"
@@ -113,7 +113,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _not_negative(text: str) -> float:
+def not_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -124,14 +124,14 @@ def _not_negative(text: str) -> float:
 
 
 def _fraction(text: str) -> float:
-    value = _not_negative(text)
+    value = not_negative(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 
 def _share(text: str) -> float:
-    value = _not_negative(text)
+    value = not_negative(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return value

@@ -16,6 +16,7 @@ import torch
 from fastr1.config import Control, DataConfig, GRPOConfig, RunConfig
 from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.models import Processor, VideoLanguageModel
+from fastr1.models.texts import prompt_ids
 from fastr1.rewards.answers import extract_answer_letter, extract_think
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Answer, DataError, Sample
@@ -48,11 +49,7 @@ class Evaluator:
         self._params = SamplingParams(max_completion_length, temperature=temperature, top_p=top_p)
         self._seed = seed
         bound: dict[str, Any] = {"policy": data.policy, "max_bad_fraction": data.max_bad_fraction}
-        fitting, prompts = tokenize_samples(
-            loaded,
-            lambda s: processor.prompt_ids(s.problem, instruction=data.instruction, origin=s.origin),
-            **bound,
-        )
+        fitting, prompts = tokenize_samples(loaded, lambda sample: prompt_ids(processor, data, sample), **bound)
         self.samples, self._prompts = fitting.samples, prompts
         self.num_rows = loaded.num_rows
         self.ledger = BadSampleLedger(fitting, **bound)

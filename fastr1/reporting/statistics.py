@@ -52,7 +52,9 @@ def summarise_rollout(ranks: Ranks, batch: Batch) -> Metrics:
         "advantage_abs": batch.advantages.cpu().abs(),
     }
     gathered = ranks.gather_objects({name: values[valid] for name, values in columns.items()})
-    merged = {name: torch.cat([part[name] for part in gathered]) for name in columns}
+    # The parts that a reward function returns may differ between ranks.
+    names = {name: None for part in gathered for name in part}
+    merged = {name: torch.cat([part[name] for part in gathered if name in part]) for name in names}
     groups = merged["reward"].reshape(-1, num_generations)
     return {
         **{name: values.mean().item() for name, values in merged.items()},

@@ -1,10 +1,12 @@
 """The weighted sum of reward functions, with every part kept and every returned value checked.
 
-A reward function takes three equally long lists and returns one float per completion:
+A reward function takes three equally long lists and returns one float per completion, or a dict of such lists: the one
+called "reward" (without it, their sum) is the reward, and the others are logged beside it.
 
     def my_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]: ...
 
-A run names such functions as "module:function" beside the built-in names.
+A run names such functions as "module:function" beside the built-in names. `async def` functions of one step are awaited
+together. With `reward.num_workers` the others run in processes of their own, called once for each completion.
 """
 
 from __future__ import annotations
@@ -12,23 +14,22 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import math
-import numbers
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastr1.config import RewardConfig, check_reward
+from fastr1.rewards.calls import AsyncCalls, WorkerCalls, call_here, is_async
 from fastr1.rewards.multiple_choice_accuracy import multiple_choice_accuracy
 from fastr1.rewards.think_format import think_format
 from fastr1.rewards.tinyllava_video_r1 import accuracy_reward, format_reward, tinyllava_video_r1
+from fastr1.rewards.values import Columns, RewardError
 from fastr1.schema import Sample, Scored
 
-RewardFunction = Callable[[list[str], list[str], list[Sample]], Sequence[float]]
-
-
-class RewardError(ValueError):
-    """A reward is configured wrongly, or a reward function failed or returned something else than finite numbers."""
+RewardFunction = Callable[[list[str], list[str], list[Sample]], Any]
+Place = Literal["here", "async", "worker"]  # where a function is called
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class _Term:
     name: str
     function: RewardFunction
     weight: float  # 0: reported, not summed
+    place: Place = "here"
 
 
 class Scorer:
     """Scores completions with a fixed list of terms; see `build_scorer`."""
 
-    def __init__(self, terms: Sequence[_Term]) -> None:
+    def __init__(self, terms: Sequence[_Term], config: RewardConfig) -> None:
         self._terms = tuple(terms)
+        timeout = config.timeout_seconds, config.timeout_reward
+        self._async = AsyncCalls(*timeout) if any(term.place == "async" for term in terms) else None
+        self._workers = WorkerCalls(config.num_workers, *timeout) if config.num_workers else None
 
     def score(self, completions: list[str], samples: list[Sample]) -> Scored:
         """Reward of each completion of `samples` (one sample per completion; repeat it for a group).
@@ -54,12 +59,46 @@ class Scorer:
             raise RewardError(f"{len(completions)} completions came with {len(samples)} samples; give one sample each")
         if not completions:
             return Scored([], {term.name: [] for term in self._terms})
-        parts = {term.name: _call(term, completions, samples) for term in self._terms}
+        columns = self._call_all(completions, samples)
+        parts: dict[str, list[float]] = {}
+        for term in self._terms:
+            parts[term.name] = columns[term.name].rewards
+            parts |= {f"{term.name}/{part}": values for part, values in columns[term.name].parts.items()}
         rewards = [
             sum(term.weight * parts[term.name][row] for term in self._terms if term.weight != 0.0)
             for row in range(len(completions))
         ]
         return Scored(rewards, parts)
+
+    def close(self) -> None:
+        """End the worker processes and the event loop."""
+        if self._workers is not None:
+            self._workers.close()
+        if self._async is not None:
+            self._async.close()
+
+    def _call_all(self, completions: list[str], samples: list[Sample]) -> dict[str, Columns]:
+        """The async functions run while the others do."""
+        started = time.monotonic()
+        pending: dict[str, Future[Any]] = {}
+        try:
+            for term in self._terms:
+                if term.place == "async" and self._async is not None:
+                    pending[term.name] = self._async.start(term.function, completions, samples)
+            columns = {
+                term.name: call_here(term.name, term.function, completions, samples)
+                for term in self._terms
+                if term.place == "here"
+            }
+            in_workers = [term.name for term in self._terms if term.place == "worker"]
+            if in_workers and self._workers is not None:
+                columns |= self._workers.call(in_workers, completions, samples)
+            if self._async is not None:
+                columns |= self._async.finish(pending, started, completions, samples)
+            return columns
+        finally:
+            for future in pending.values():
+                future.cancel()
 
 
 def build_scorer(config: RewardConfig) -> Scorer:
@@ -68,7 +107,8 @@ def build_scorer(config: RewardConfig) -> Scorer:
     The built-in "tinyllava_video_r1" also reports its parts as the columns accuracy_reward and format_reward.
 
     Raises:
-        RewardError: unknown name (with the closest known one), failed import, wrong signature.
+        RewardError: unknown name (with the closest known one), failed import, wrong signature, or a time limit for a
+            function that nothing could stop.
         ConfigError: weights or constants out of range.
     """
     check_reward(config)
@@ -79,8 +119,22 @@ def build_scorer(config: RewardConfig) -> Scorer:
         if name == "tinyllava_video_r1":
             terms.append(_Term("accuracy_reward", _each(lambda text, s: accuracy_reward(text, s.solution)), 0.0))
             terms.append(_Term("format_reward", _each(lambda text, _: format_reward(text, config)), 0.0))
-        terms.append(_Term(name, _resolve(name, built_in), weight))
-    return Scorer(terms)
+        function = _resolve(name, built_in)
+        terms.append(_Term(name, function, weight, _place(name, function, config)))
+    return Scorer(terms, config)
+
+
+def _place(name: str, function: RewardFunction, config: RewardConfig) -> Place:
+    if ":" not in name:
+        return "here"
+    if is_async(function):
+        return "async"
+    if config.timeout_seconds is not None and not config.num_workers:
+        raise RewardError(
+            f"reward.timeout_seconds is {config.timeout_seconds:g}, but reward function {name!r} runs in the training "
+            "process, where nothing can stop it: set reward.num_workers to 1 or more, or make it an async function"
+        )
+    return "worker" if config.num_workers else "here"
 
 
 def _built_in_functions(config: RewardConfig) -> dict[str, RewardFunction]:
@@ -124,51 +178,6 @@ def _resolve(name: str, built_in: dict[str, RewardFunction]) -> RewardFunction:
     except TypeError as error:
         raise RewardError(f"reward function {name!r} must accept (completions, solutions, samples): {error}") from error
     return function
-
-
-def _call(term: _Term, completions: list[str], samples: list[Sample]) -> list[float]:
-    solutions = [sample.solution for sample in samples]
-    try:
-        # copies: a function that sorts or edits its arguments must not disturb the others
-        result = term.function(list(completions), solutions, list(samples))
-    except Exception as error:  # user code may raise anything; it is re-raised with the row it failed on
-        where = _describe(*_find_failing_row(term, completions, samples))
-        raise RewardError(f"reward function {term.name!r} raised {error!r} {where}") from error
-    values: Any = result.tolist() if hasattr(result, "tolist") else result  # arrays and tensors
-    where = _describe(completions[0], samples[0])
-    if not isinstance(values, (list, tuple)):
-        raise RewardError(
-            f"reward function {term.name!r} returned {type(result).__name__}, expected a list of floats, {where}"
-        )
-    if len(values) != len(completions):
-        raise RewardError(
-            f"reward function {term.name!r} returned {len(values)} values for {len(completions)} completions, {where}"
-        )
-    for value, text, sample in zip(values, completions, samples, strict=True):
-        if not _is_finite_number(value):
-            raise RewardError(
-                f"reward function {term.name!r} returned {value!r}, expected a finite number, {_describe(text, sample)}"
-            )
-    return [float(value) for value in values]
-
-
-def _find_failing_row(term: _Term, completions: list[str], samples: list[Sample]) -> tuple[str, Sample]:
-    """The first row on which the function fails alone; the first row of all if it fails only on the whole batch."""
-    for text, sample in zip(completions, samples, strict=True):
-        try:
-            term.function([text], [sample.solution], [sample])
-        except Exception:  # the caller raises the original error with its traceback
-            return text, sample
-    return completions[0], samples[0]
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _describe(completion: str, sample: Sample) -> str:
-    start = completion if len(completion) <= 80 else completion[:80] + "…"
-    return f"for {sample.origin} on completion {start!r}"
 
 
 def _suggest(name: str, known: list[str]) -> str:

@@ -11,15 +11,16 @@ prompt is forwarded once for its G completions (with gradient checkpointing, onc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastr1.config import DataConfig, TrainConfig, loss_options
+from fastr1.config import TrainConfig, loss_options
 from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
-from fastr1.models import Processor
+from fastr1.models.texts import prompt_ids
 from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
@@ -33,13 +34,8 @@ def run_grpo(config: TrainConfig) -> Path:
 
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[Sample](config, load_questions, prompt_ids) as run:
-        return run.train(GRPOTrainer(run).step)
-
-
-def prompt_ids(processor: Processor, data: DataConfig, sample: Sample) -> torch.Tensor:
-    """The prompt of a question (L,). Raises: DataError where it does not fit into the model."""
-    return processor.prompt_ids(sample.problem, instruction=data.instruction, origin=sample.origin)
+    with TrainingRun[Sample](config, load_questions, prompt_ids) as run, closing(GRPOTrainer(run)) as trainer:
+        return run.train(trainer.step)
 
 
 class GRPOTrainer:
@@ -85,6 +81,10 @@ class GRPOTrainer:
             "learning_rate": learning_rate,
         }
         return metrics, rollout_rows(batch)
+
+    def close(self) -> None:
+        """End what the reward functions run in."""
+        self.scorer.close()
 
     def _roll_out(self, prompt_ids: list[torch.Tensor], videos: list[torch.Tensor], keys: list[int]) -> Rollout:
         model = self.run.model.eval()  # in training mode, gradient checkpointing would switch the cache off

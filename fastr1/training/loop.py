@@ -108,7 +108,8 @@ class TrainingRun(Generic[S]):
         unlogged: list[Metrics] = []
         with stop.handling_signals():
             for update in self._updates():
-                metrics, rows = step(update)
+                # with nothing to train on, the update passes without a step of the optimizer
+                metrics, rows = ({"num_tokens": 0.0}, []) if update.is_lost else step(update)
                 is_last = update.step == len(self.order)
                 if run.eval_steps and update.step % run.eval_steps == 0:
                     metrics.update(self.evaluate())
@@ -216,7 +217,8 @@ class TrainingRun(Generic[S]):
                 places = [place for place, _ in loaded]
                 pixels = [None if isinstance(result, BadRow) else result for _, result in loaded]
                 indices, keys = [index for index, _ in places], [key for _, key in places]
-                yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels)
+                is_lost = len(failures) == self.order.prompts_per_update
+                yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels, is_lost)
 
     def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
         """Position in the data, seconds, tokens per second of training, memory."""

@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fastr1.config import DataConfig, TrainConfig
+from fastr1.config import TrainConfig
 from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.conversations import load_conversations
-from fastr1.models import Processor
+from fastr1.models.texts import conversation_ids
 from fastr1.reporting.statistics import Metrics, TokenSums
 from fastr1.schema import DataError, SftSample, Update
 from fastr1.training.loop import Rows, TrainingRun
 from fastr1_kernels import selective_log_softmax
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # prompt and answer ids
 
 
 def run_sft(config: TrainConfig) -> Path:
@@ -31,11 +29,6 @@ def run_sft(config: TrainConfig) -> Path:
     """
     with TrainingRun[SftSample](config, load_conversations, conversation_ids) as run:
         return run.train(SftTrainer(run).step)
-
-
-def conversation_ids(processor: Processor, data: DataConfig, sample: SftSample) -> Pair:
-    """Prompt and answer of a sample. Raises: DataError where they cannot be told apart or do not fit into the model."""
-    return processor.conversation_ids(sample.question, sample.answer, origin=sample.origin)
 
 
 def answer_logps(

@@ -96,6 +96,7 @@ def _grpo_loss(level: str) -> Callable[[Inputs], "list[Tensor]"]:
             x["token_ids"],
             num_generations=2,
             beta=0.1,
+            normalizer=x["mask"].sum(),
             importance_sampling_level=level,
             **keywords,
         )
@@ -109,6 +110,7 @@ def _linear_grpo_loss(x: Inputs) -> "list[Tensor]":
     from . import linear_grpo_loss
 
     keywords: dict[str, Any] = {name: x[name] for name in ("mask", "rewards", "old_logps")}
+    keywords["normalizer"] = x["mask"].sum()
     output = linear_grpo_loss(x["hidden"], x["weight"], x["token_ids"], num_generations=2, **keywords)
     output.loss.backward()
     return [output.loss, _gradient(x["hidden"]), _gradient(x["weight"])]

@@ -281,6 +281,7 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
     loss = {field.name for field in fields(LossOptions)}  # the kernels refuse them, see the tables below
     loss_fields = {f"grpo.{name}" for name in loss}
     free = {"reward.base", "reward.length_bonus", "reward.correct", "reward.bad_format", "data.max_frames"}
+    free |= {"reward.num_workers", "reward.timeout_seconds", "reward.timeout_reward"}  # with each other, see below
     numeric = {
         f"{section}.{field.name}"
         for section in ("model", "data", "reward", "grpo", "optim", "run")
@@ -302,6 +303,14 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["grpo.importance_sampling_level=sequence"], "has no effect"),
         (["grpo.loss_type=grpo", "grpo.delta=1.2"], "grpo.delta=1.2: give a finite number > 1.2"),
         (["reward.weights=[0.0]"], "nothing would be rewarded"),
+        (["reward.num_workers=-1"], "reward.num_workers is -1; it must be 0 or more"),
+        (["reward.timeout_seconds=0"], "reward.timeout_seconds is 0.0; it must be more than 0"),
+        (
+            ["reward.num_workers=1"],
+            "reward.num_workers is 1 but reward.functions is ['tinyllava_video_r1'], all built in",
+        ),
+        (["reward.timeout_seconds=2"], "reward.timeout_seconds is 2.0 but reward.functions is"),
+        (['reward.functions=["a:b"]', "reward.timeout_reward=0"], "reward.timeout_seconds is not set"),
         (
             ["grpo.loss_type=grpo", "grpo.epsilon_high=0.5", "grpo.delta=1.3"],
             "grpo.delta=1.3: give a finite number > 1.5",
@@ -328,6 +337,7 @@ def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str],
     "overrides",
     [
         ["data.max_frames=8", "data.num_frames=-1"],
+        ['reward.functions=["a:b"]', "reward.num_workers=2", "reward.timeout_seconds=0.5", "reward.timeout_reward=-1"],
         ["run.eval_steps=5", "data.eval_file=e.jsonl"],
         ["grpo.loss_type=grpo", "grpo.epsilon=0", "grpo.epsilon_high=0.28", "grpo.delta=1.5"],
         ["grpo.loss_type=dr_grpo", "grpo.importance_sampling_level=sequence"],

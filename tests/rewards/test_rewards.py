@@ -230,7 +230,10 @@ def test_any_list_of_real_numbers_is_accepted(user_module: ModuleType, values: A
         ([0.0, 0.0, 0.0], "returned 3 values for 2 completions", 1),
         (None, "returned NoneType, expected a list of floats", 1),
         (1.0, "returned float, expected a list of floats", 1),
-        ({"a": 1.0, "b": 2.0}, "returned dict, expected a list of floats", 1),
+        ({"a": 1.0, "b": 2.0}, "(part 'a') returned float, expected a list of floats", 1),
+        ({"a": [1.0, 2.0], "b": [0.0, float("nan")]}, "(part 'b') returned nan, expected a finite number", 2),
+        ({"reward": [1.0]}, "(part 'reward') returned 1 values for 2 completions", 1),
+        ({}, "returned an empty dict", 1),
         ("12", "returned str, expected a list of floats", 1),
     ],
 )

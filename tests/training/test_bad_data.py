@@ -84,6 +84,22 @@ def test_undecodable_video_is_counted_when_it_is_due(world: Path, tmp_path: Path
     assert "data.policy" not in bad_samples(tmp_path / "run")[0]["reason"]
 
 
+@pytest.mark.parametrize("task", ["grpo", "sft"])
+def test_update_with_nothing_but_bad_videos_passes_without_a_step(world: Path, tmp_path: Path, task: str) -> None:
+    (first,) = SampleOrder(NUM_SAMPLES, prompts_per_update=1, seed=42, max_steps=3).indices(0)
+    folder = broken_world(world, tmp_path / "world", [first])
+    file = str(folder / ("questions.jsonl" if task == "grpo" else "coldstart.json"))
+    settings = {**PAIRS, "optim__per_device_train_batch_size": 1, "task": task, "data__train_file": file}
+    final = (run_grpo if task == "grpo" else run_sft)(make_config(folder, tmp_path / "run", **settings))
+    rows = metrics_of(tmp_path / "run")
+    assert [(row["bad_samples"], "loss" in row, row["num_tokens"] > 0) for row in rows] == [
+        (1, False, False),
+        (1, True, True),
+        (1, True, True),
+    ]
+    assert final.name == "final"
+
+
 def test_count_is_not_averaged_over_logging_steps(world: Path, tmp_path: Path) -> None:
     folder = broken_world(world, tmp_path / "world", [due_pairs()[2][0]])
     run_grpo(make_config(folder, tmp_path / "run", **PAIRS, run__logging_steps=3))

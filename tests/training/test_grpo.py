@@ -32,12 +32,13 @@ from fastr1.config import load_config, save_config
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.recorded import Recorded, read_recorded
 from fastr1.models import load_model
+from fastr1.models.texts import prompt_ids
 from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.reporting.run_log import read_rows
 from fastr1.reporting.statistics import mean_metrics
 from fastr1.schema import DataError, Sample, Update
 from fastr1.training.checkpoint import CheckpointError
-from fastr1.training.grpo import GRPOTrainer, prompt_ids, run_grpo
+from fastr1.training.grpo import GRPOTrainer, run_grpo
 from fastr1.training.loop import TrainingRun
 from fastr1_kernels import LOSSES
 
