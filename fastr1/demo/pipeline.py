@@ -170,7 +170,7 @@ def format_table(summary: dict[str, Any]) -> str:
     columns |= {control.replace("_", " "): rates for control, rates in summary["controls"].items()}
     lines = ["", f"{'held-out questions':<22}" + "".join(f"{name:>17}" for name in columns)]
     after = summary["after"]
-    for name in ("accuracy", *(key for key in after if key.startswith("accuracy/")), "format_rate"):
+    for name in ("accuracy", "strict_accuracy", *(key for key in after if key.startswith("accuracy/")), "format_rate"):
         lines.append(f"{name:<22}" + "".join(f"{100 * rates[name]:>15.1f} %" for rates in columns.values()))
     lengths = (f"{rates['completion_length']:>10.1f} tokens" for rates in columns.values())
     lines.append(f"{'completion_length':<22}" + "".join(lengths))
