@@ -13,12 +13,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
 
 from fastr1 import __version__
-from fastr1.config import INSTRUCTION, ConfigError, Control, DataConfig, GRPOConfig, RunConfig, TrainConfig, load_config
+from fastr1.config import ConfigError, TrainConfig, load_config
+from fastr1.evaluation.arguments import (
+    add_chat_arguments,
+    add_eval_arguments,
+    how_to_ask,
+    not_negative,
+    positive,
+    what_to_ask,
+)
 
 Command = Callable[[argparse.Namespace], int]
+# modules of the extra `train`, torch included, by which its absence shows
+_OF_THE_EXTRA = {"av", "deepspeed", "matplotlib", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,11 +47,23 @@ def report_errors(action: Callable[[], int]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        module = str(error.name).split(".")[0]
+        if module not in _OF_THE_EXTRA or os.environ.get("FASTR1_DEBUG") == "1":
+            raise
+        remedy = "this command needs the extra: pip install 'fastr1[train]', or in a checkout pip install -e '.[train]'"
+        print(f"error: the package {module!r} is not installed; {remedy}", file=sys.stderr)
+        return 2
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The options that choose a configuration."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration, e.g. configs/grpo.json")
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE",
+        help="JSON configuration, or the name of a shipped one, e.g. grpo",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -93,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="PNG", help="where to write it (default: RUN_DIR/report.png)")
     doctor = _add(commands, "doctor", _doctor, "check what works on this machine", "--json")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
+    add_config_arguments(doctor, required=False)
     return parser
 
 
@@ -115,56 +137,22 @@ def _add_check_data(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser = _add(commands, "check-data", _check_data, help_, "--config configs/grpo.json")
     add_config_arguments(parser)
     parser.add_argument("--output-dir", metavar="DIR", help="where to write (default: beside data.train_file)")
-    parser.add_argument("--num-workers", type=_positive, help="processes that decode (default: one per core)")
+    parser.add_argument("--num-workers", type=positive, help="processes that decode (default: one per core)")
     parser.add_argument(
-        "--timeout-seconds", type=_not_negative, default=300.0, help="of one video, 0: no limit (default: %(default)g)"
+        "--timeout-seconds", type=not_negative, default=300.0, help="of one video, 0: no limit (default: %(default)g)"
     )
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    example = (
-        "--model runs/demo/grpo/final --data-file runs/demo/data/test.jsonl --video-root runs/demo/data --num-frames 8"
-    )
+    example = "--model runs/demo/grpo/final --data-file runs/demo/data/test.jsonl --video-root runs/demo/data"
     parser = _add(commands, "eval", _eval, "measure the accuracy of a checkpoint on held-out questions", example)
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--data-file", required=True, metavar="FILE", help="annotation file (JSONL)")
-    parser.add_argument("--video-root", required=True, metavar="DIR", help="folder the video paths are relative to")
-    _add_sampling(parser)
-    batch_size = RunConfig.per_device_eval_batch_size
-    parser.add_argument(
-        "--batch-size", type=_positive, default=batch_size, help="questions at a time (default: %(default)s)"
-    )
-    parser.add_argument("--limit", type=_positive, help="only the first LIMIT questions")
-    parser.add_argument(
-        "--control",
-        choices=get_args(Control),
-        help="show something else than the clips: what the model knows without looking at them",
-    )
-    parser.add_argument("--output", metavar="JSON", help="also write the result, with every completion, to this file")
+    add_eval_arguments(parser)
 
 
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     example = 'runs/demo/grpo/final clip.mp4 "Which way does the square go?\\nOptions:\\nA. left.\\nB. right."'
     parser = _add(commands, "chat", _chat, "ask a checkpoint one question about one video", example)
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
-    parser.add_argument("video", metavar="VIDEO", help="video file")
-    parser.add_argument("question", metavar="QUESTION", help='the question; "\\n" starts a new line')
-    _add_sampling(parser)
-    parser.add_argument(
-        "--temperature", type=_not_negative, default=0.0, help="0 takes the likeliest token (default: %(default)s)"
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    frames, length = DataConfig.num_frames, GRPOConfig.max_completion_length
-    parser.add_argument("--num-frames", type=_frames, default=frames, help="-1: one per second (default: %(default)s)")
-    parser.add_argument(
-        "--max-completion-length", type=_positive, default=length, help="in tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--instruction", default=INSTRUCTION, metavar="TEXT", help="follows the question (default: %(default)r)"
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
+    add_chat_arguments(parser)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -172,34 +160,15 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         commands, "demo-data", _demo_data, "write the demo's clips and questions", "--output-dir runs/demo/data"
     )
     data.add_argument("--output-dir", default="runs/demo/data", metavar="DIR", help="default: %(default)s")
-    data.add_argument("--num-train", type=_positive, default=480, help="training questions (default: %(default)s)")
-    data.add_argument("--num-test", type=_positive, default=150, help="held-out questions (default: %(default)s)")
+    data.add_argument("--num-train", type=positive, default=480, help="training questions (default: %(default)s)")
+    data.add_argument("--num-test", type=positive, default=150, help="held-out questions (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo = _add(
         commands, "demo", _demo, "the whole pipeline on generated clips, on a CPU or a GPU", "--output-dir runs/demo"
     )
     demo.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
-
-
-def _frames(text: str) -> int:
-    return -1 if text == "-1" else _positive(text)
+    demo.add_argument("--quick", action="store_true", help="few clips and updates: does every phase work here?")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -227,21 +196,10 @@ def _check_data(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from fastr1.evaluation.multiple_choice import evaluate_checkpoint
+    from fastr1.evaluation.checkpoint import evaluate_checkpoint
 
-    result = evaluate_checkpoint(
-        model_path=args.model,
-        data_file=args.data_file,
-        video_root=args.video_root,
-        num_frames=args.num_frames,
-        batch_size=args.batch_size,
-        max_completion_length=args.max_completion_length,
-        limit=args.limit,
-        instruction=args.instruction,
-        control=args.control,
-        device=args.device,
-        output=args.output,
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = evaluate_checkpoint(**what_to_ask(args))
     print(json.dumps(result, indent=2))
     return 0
 
@@ -249,17 +207,11 @@ def _eval(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     from fastr1.evaluation.chat import chat
 
-    answer = chat(
-        args.model,
-        args.video,
-        args.question.replace("\\n", "\n"),
-        num_frames=args.num_frames,
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        instruction=args.instruction,
-        device=args.device,
-    )
-    print(answer.text)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    answer = chat(args.model, args.video, args.question.replace("\\n", "\n"), **how_to_ask(args))
+    print(answer.format())
+    if answer.is_truncated:
+        print(f"cut off at --max-completion-length {args.max_completion_length}", file=sys.stderr)
     return 0
 
 
@@ -275,7 +227,7 @@ def _demo(args: argparse.Namespace) -> int:
     from fastr1.demo.pipeline import run_demo
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_demo(Path(args.output_dir), seed=args.seed)
+    run_demo(Path(args.output_dir), seed=args.seed, quick=args.quick)
     return 0
 
 
@@ -289,7 +241,10 @@ def _report(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from fastr1.doctor import doctor
 
-    return doctor(as_json=args.json)
+    if args.config is None and args.overrides:
+        raise ConfigError("--set changes a configuration: give --config too")
+    config = None if args.config is None else load_config(args.config, args.overrides)
+    return doctor(as_json=args.json, config=config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Says whether this machine can run fastr1, by trying: imports, devices, a real video round trip. Changes nothing.
+"""Says whether this machine can run fastr1, by trying: imports, devices, every kernel, attention and a real video round
+trip as a configuration would have them. Changes nothing.
 
 Anything a library throws while it is imported or tried is a finding here, not a crash.
 """
@@ -7,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,8 +20,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from fastr1.config import PACKAGE, TrainConfig
+
 _LEVEL_STEP = 15  # grey levels between the frames of the test clip: half of it tells a frame from its neighbours
-PIP_TRAIN = 'pip install -e ".[train]" in the fastr1 checkout'
+_KERNEL_SECONDS = 600  # for compiling every kernel of the check on a GPU, with room to spare
+PIP_TRAIN = "pip install 'fastr1[train]', or in a checkout pip install -e '.[train]'"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ _LIBRARIES = (
         "torchcodec",
         False,
         "pip install torchcodec (0.13 with a CPU-only torch, 0.14 or later with CUDA 13) and FFmpeg 4 to 8 shared "
-        "libraries, or run scripts/link_ffmpeg.py; without torchcodec, PyAV decodes on the CPU",
+        "libraries, or run scripts/link_ffmpeg.py of a checkout; without torchcodec, PyAV decodes on the CPU",
     ),
     _Library(
         "liger-kernel",
@@ -67,21 +74,30 @@ _LIBRARIES = (
 )
 
 
-def run_checks() -> list[Check]:
-    """Every finding, in the order of the report."""
+def run_checks(config: TrainConfig | None = None) -> list[Check]:
+    """Every finding, in the order of the report; attention and decoder as training with `config` would have them."""
+    config = config or TrainConfig()
+    importlib.import_module("fastr1.training")  # keeps DeepSpeed's warning about a missing GPU back
     checks = [_check_python(), *(_check_library(library) for library in _LIBRARIES)]
-    checks.append(_try("fastr1_kernels", _check_kernels, True, "pip install -e . in the fastr1 checkout"))
+    checks.append(_try("fastr1_kernels", _check_kernels, True, "pip install fastr1, or in a checkout pip install -e ."))
+    checks += _run_kernels()
     checks.append(_try("device", _describe_devices, True, "install torch"))
     checks.append(_try("deepspeed accelerator", _describe_accelerator, True, PIP_TRAIN))
-    checks.append(_try("video decoding", check_video, True, f"{PIP_TRAIN}; see the line of the decoder above"))
+    remedy = 'set model.attn_implementation to "sdpa", or install what the line of the library above says'
+    checks.append(_try("attention", lambda: check_attention(config), True, remedy))
+    remedy = f"{PIP_TRAIN}; see the line of the decoder above, and data.backend"
+    checks.append(_try("video decoding", lambda: check_video(config.data.backend), True, remedy))
     return checks
 
 
-def doctor(as_json: bool = False) -> int:
-    """Prints the report and returns the exit code: 0 when everything essential works, else 1."""
+def doctor(as_json: bool = False, config: TrainConfig | None = None) -> int:
+    """Prints the report and returns the exit code: 0 when everything essential works, else 1.
+
+    `config`: of the training whose attention and decoder are to be tried; None: the defaults.
+    """
     # DeepSpeed and its like print while they are imported; the report alone belongs on standard output.
     with contextlib.redirect_stdout(sys.stderr):
-        checks = run_checks()
+        checks = run_checks(config)
     is_ok = all(check.ok for check in checks if check.essential)
     if as_json:
         print(json.dumps({"ok": is_ok, "checks": [asdict(check) for check in checks]}, indent=2))
@@ -104,7 +120,46 @@ def format_report(checks: list[Check]) -> str:
     return "\n".join([*lines, "", verdict])
 
 
-def check_video() -> str:
+def check_attention(config: TrainConfig) -> str:
+    """Forward and backward of the demo's base model with the configuration's attention and dtype.
+
+    Returns: the attention kernels that ran, as torch or the library that has them names them.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastr1.models import load_model, load_processor
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[str, None] = {}
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            name = str(op).split(".")[1] if str(op).startswith("aten.") else str(op)
+            if any(word in name for word in ("attention", "attn", "fmha")) and "backward" not in name:
+                self.seen[name.lstrip("_")] = None
+            return op(*args, **(kwargs or {}))
+
+    path, settings = PACKAGE / "demo" / "base_model", config.model
+    processor = load_processor(path)
+    model = load_model(path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
+    prompts = [processor.prompt_ids(text, instruction="").to(model.device) for text in ("Which?", "Which way is it?")]
+    completions = torch.ones(2, 3, dtype=torch.long, device=model.device)
+    with Watch() as vision:
+        videos = [model.encode(processor.blank_pixels(8).to(model.device)) for _ in prompts]
+        embeds, mask = model.embed_prompts(prompts, model.visual_tokens(videos))
+    with Watch() as decoder:
+        cache, hidden = model.prefill(embeds, mask)
+        more = model.extend(completions, torch.cat([mask, completions], dim=1), cache)
+        (hidden.sum() + more.sum()).backward()
+    parts = {"decoder": decoder.seen, "vision": vision.seen}
+    used = "; ".join(f"{name} {', '.join(seen) or 'products and softmax'}" for name, seen in parts.items())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{settings.attn_implementation} in {dtype} on {model.device}: {used}"
+
+
+def check_video(backend: str = "auto") -> str:
     """Writes a one-second H.264 clip that brightens and reads it back through `fastr1.video.load_clip`.
 
     Raises: ValueError when the frames read are not the frames written.
@@ -117,13 +172,13 @@ def check_video() -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         levels = _write_brightening_clip(path)
-        clip = load_clip(path, num_frames=4, device=device, backend="auto")
+        clip = load_clip(path, num_frames=4, device=device, backend=backend)
     wanted = [levels[index] for index in clip.indices]
     found = clip.frames.float().mean(dim=(1, 2, 3)).tolist()
     # A wrong frame is off by a whole step; encoding and colour conversion by a few levels.
     if any(abs(level - mean) > _LEVEL_STEP / 2 for level, mean in zip(wanted, found, strict=True)):
         raise ValueError(f"{clip.backend} read frames of brightness {found} where {wanted} was written")
-    return f"{clip.backend} read a test clip correctly; {describe_backend()}"
+    return f"{clip.backend} read a test clip correctly; {describe_backend(backend)}"
 
 
 def _write_brightening_clip(path: Path, num_frames: int = 12) -> list[int]:
@@ -182,6 +237,36 @@ def _check_library(library: _Library) -> Check:
 def _check_kernels() -> str:
     module = importlib.import_module("fastr1_kernels.losses")  # the package alone would not load torch
     return f"imports from {Path(str(module.__file__)).parent}"
+
+
+def _run_kernels() -> list[Check]:
+    """Every kernel once, in a process of its own: what a kernel breaks ends there, and Triton's interpreter is chosen
+    when triton is imported."""
+    remedy = "python -m fastr1_kernels.selfcheck tells more; is this the triton that this torch asks for?"
+    try:
+        done = _run_selfcheck()
+        findings = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return [Check("kernels", False, _one_line(error), False, remedy)]
+    if not findings:
+        reason = done.stderr.strip().splitlines() or [f"no output, exit code {done.returncode}"]
+        return [Check("kernels", False, f"did not run: {reason[-1][:200]}", False, remedy)]
+    is_needed = any(
+        found["detail"].startswith("launched") for found in findings
+    )  # on a CPU plain torch does their work
+    return [
+        Check(f"kernel {found['name']}", found["ok"], found["detail"], is_needed, "" if found["ok"] else remedy)
+        for found in findings
+    ]
+
+
+def _run_selfcheck() -> subprocess.CompletedProcess[str]:
+    spec = importlib.util.find_spec("fastr1_kernels")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    path = [str(Path(place).parent) for place in places] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    command = [sys.executable, "-m", "fastr1_kernels.selfcheck", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=_KERNEL_SECONDS, env=environment)
 
 
 def _describe_devices() -> str:

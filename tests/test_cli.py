@@ -82,6 +82,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["chat", "m", "v", "q", "--temperature", "-1"],
         ["chat", "m", "v", "q", "--temperature", "nan"],
         ["chat", "m", "v", "q", "--temperature", "hot"],
+        ["chat", "m", "v", "q", "--top-p", "0"],
+        ["chat", "m", "v", "q", "--top-p", "1.1"],
+        ["chat", "m", "v", "q", "--seed", "-1"],
+        ["chat", "m", "v", "q", "--dtype", "float16"],
+        ["chat", "m", "v", "q", "--backend", "decord"],
+        ["chat", "m", "v", "q", "--max-frames", "0"],
+        ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--num-processes", "0"],
+        ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--policy", "ignore"],
+        ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--max-bad-fraction", "2"],
         ["demo-data", "--num-train", "many"],
         ["report"],
     ],
@@ -90,7 +99,7 @@ def test_wrong_command_lines_exit_with_two(arguments: list[str], capsys: pytest.
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert "_positive" not in capsys.readouterr().err
+    assert "positive" not in capsys.readouterr().err
 
 
 def test_our_errors_are_one_line_and_exit_code_two(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +195,7 @@ def test_chat_prints_the_text(world: Path, capsys: pytest.CaptureFixture[str]) -
             max_completion_length=5,
             device="cpu",
             instruction="",
-        ).text
+        ).format()
         + "\n"
     )
 

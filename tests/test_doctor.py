@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import logging
+import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +15,9 @@ from types import ModuleType
 
 import pytest
 
-from fastr1 import doctor
+import fastr1_kernels
+from fastr1 import cli, doctor
+from fastr1.config import DataConfig, ModelConfig, TrainConfig
 from fastr1.doctor import Check, format_report, run_checks
 
 GOOD = Check("torch", True, "2.13.0")
@@ -25,7 +31,7 @@ OPTIONAL = Check("flash-attn", False, "not installed", essential=False, remedy="
 def test_exit_code_follows_the_essentials(
     checks: list[Check], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "run_checks", lambda: checks)
+    monkeypatch.setattr(doctor, "run_checks", lambda config: checks)
     assert doctor.doctor() == code
     assert doctor.doctor(as_json=True) == code
     assert f'"ok": {"false" if code else "true"}' in capsys.readouterr().out
@@ -41,7 +47,7 @@ def test_report_names_what_is_missing_and_what_to_do() -> None:
 
 
 def test_json_output_is_nothing_but_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def chatty() -> list[Check]:
+    def chatty(config: TrainConfig | None) -> list[Check]:
         print("a library greets")
         return [GOOD, OPTIONAL]
 
@@ -54,18 +60,94 @@ def test_json_output_is_nothing_but_json(monkeypatch: pytest.MonkeyPatch, capsys
     assert "a library greets" in captured.err
 
 
-def test_this_environment_is_described_truthfully() -> None:
-    checks = {check.name: check for check in run_checks()}
+@pytest.fixture(scope="module")
+def checks() -> dict[str, Check]:
+    """What is found here."""
+    return {check.name: check for check in run_checks()}
+
+
+def test_this_environment_is_described_truthfully(checks: dict[str, Check]) -> None:
     for name in ("torch", "triton", "transformers", "deepspeed", "av"):
         assert checks[name].ok, checks[name]
         assert checks[name].detail == metadata.version(name)
     assert set(checks) >= {"python", "torchcodec", "liger-kernel", "flash-attn", "fastr1_kernels", "device"}
     assert checks["deepspeed accelerator"].detail in ("cpu", "cuda")
+    assert checks["attention"].ok, checks["attention"]
+    assert re.match(
+        r"sdpa in (float32 on cpu|bfloat16 on cuda:0): decoder scaled_dot_product_\w+", checks["attention"].detail
+    )
     assert not [check for check in checks.values() if not check.ok and not check.remedy]
 
 
-def test_video_round_trip_works_here_and_agrees_with_the_line_about_torchcodec() -> None:
-    checks = {check.name: check for check in run_checks()}
+def test_every_kernel_is_run(checks: dict[str, Check]) -> None:
+    found = {name.removeprefix("kernel "): check for name, check in checks.items() if name.startswith("kernel ")}
+    functions = {getattr(fastr1_kernels, name).__name__ for name in fastr1_kernels.__all__ if name[0].islower()}
+    assert {name.partition(",")[0] for name in found} == functions
+    assert [check for check in found.values() if not check.ok] == []
+    assert all(re.match(r"(interpreted on the CPU|launched on .*), relative", check.detail) for check in found.values())
+
+
+@pytest.mark.parametrize(("way", "is_essential"), [("interpreted on the CPU", False), ("launched on a GPU", True)])
+def test_a_kernel_that_is_wrong_matters_where_training_uses_it(
+    monkeypatch: pytest.MonkeyPatch, way: str, is_essential: bool
+) -> None:
+    findings = [
+        {"name": "grpo_loss", "ok": False, "detail": f"not {way}: RuntimeError: no such instruction"},
+        {"name": "linear_logps", "ok": False, "detail": f"{way}, relative error inf, which is more than 0.0001"},
+    ]
+    output = "a library greets\n" + "\n".join(map(json.dumps, findings))
+    done = subprocess.CompletedProcess("", 1, output, "")
+    monkeypatch.setattr(doctor, "_run_selfcheck", lambda: done)
+    report = doctor._run_kernels()
+    assert [(check.name, check.ok, check.essential) for check in report] == [
+        ("kernel grpo_loss", False, is_essential),
+        ("kernel linear_logps", False, is_essential),
+    ]
+    assert all(check.remedy for check in report)
+
+
+def test_a_check_of_the_kernels_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.CompletedProcess("", -11, "", "Segmentation fault\n")
+    monkeypatch.setattr(doctor, "_run_selfcheck", lambda: dead)
+    (check,) = doctor._run_kernels()
+    assert (check.ok, check.detail) == (False, "did not run: Segmentation fault")
+
+
+def test_attention_and_decoder_are_those_of_the_configuration() -> None:
+    config = TrainConfig(
+        model=ModelConfig(attn_implementation="eager", dtype="bfloat16"), data=DataConfig(backend="pyav")
+    )
+    assert re.match(r"eager in bfloat16 on \S+: decoder products and softmax; vision", doctor.check_attention(config))
+    assert doctor.check_video(config.data.backend).startswith("pyav")
+    with pytest.raises(Exception, match="flash"):
+        doctor.check_attention(TrainConfig(model=ModelConfig(attn_implementation="flash_attention_nine")))
+
+
+def test_command_takes_a_configuration(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[TrainConfig | None] = []
+    monkeypatch.setattr(doctor, "doctor", lambda as_json, config: seen.append(config) or 0)
+    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--config", "grpo", "--set", "data.backend=pyav"]) == 0
+    assert cli.main(["doctor", "--set", "data.backend=pyav"]) == 2
+    assert "give --config too" in capsys.readouterr().err
+    assert seen[0] is None
+    assert seen[1] is not None
+    assert (seen[1].data.backend, seen[1].grpo.loss_type) == ("pyav", "dapo")
+
+
+def test_deepspeed_does_not_warn_that_there_is_no_gpu() -> None:
+    importlib.import_module("fastr1.training")
+    library = importlib.util.find_spec("deepspeed")
+    assert library is not None
+    assert library.origin is not None
+    source = (Path(library.origin).parent / "accelerator" / "real_accelerator.py").read_text()
+    (warning,) = re.findall(r'accel_logger\.warning\(\s*"(.*?)"', source)  # what it says in the installed version
+    logger = logging.getLogger("DeepSpeed")
+    assert not logger.filter(logger.makeRecord("DeepSpeed", logging.WARNING, "", 0, warning, (), None))
+    assert logger.filter(logger.makeRecord("DeepSpeed", logging.WARNING, "", 0, "overflow", (), None))
+
+
+def test_video_round_trip_works_here_and_agrees_with_the_line_about_torchcodec(checks: dict[str, Check]) -> None:
     assert checks["video decoding"].ok, checks["video decoding"]
     assert checks["video decoding"].detail.startswith("torchcodec" if checks["torchcodec"].ok else "pyav")
 
@@ -107,7 +189,7 @@ def test_video_check_notices_a_neighbouring_frame(monkeypatch: pytest.MonkeyPatc
 
     fake = ModuleType("fastr1.video")
     fake.load_clip = load_clip  # type: ignore[attr-defined]
-    fake.describe_backend = lambda: "a decoder"  # type: ignore[attr-defined]
+    fake.describe_backend = lambda backend: "a decoder"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastr1.video", fake)
     if is_good:
         assert doctor.check_video() == "test read a test clip correctly; a decoder"

@@ -134,7 +134,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"config", "schema", "data", "video", "rewards", "models", "rollout"},
     "training": {"config", "schema", "data", "video", "rewards", "reporting", "models", "rollout", "evaluation"},
     "check_data": {"config", "schema", "workers", "data", "video", "models"},
-    "doctor": {"video"},
+    "doctor": {"config", "video", "models", "training"},
     "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
     "cli": {"config", "check_data", "doctor", "demo", "reporting", "evaluation", "training"},
     "train": {"config", "cli"},

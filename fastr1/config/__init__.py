@@ -3,8 +3,10 @@
 from fastr1.config.checks import ConfigError, check_config, check_deepspeed, check_reward, check_value, without_auto
 from fastr1.config.fields import (
     INSTRUCTION,
+    Backend,
     Control,
     DataConfig,
+    Dtype,
     GRPOConfig,
     ModelConfig,
     ModelPart,
@@ -16,12 +18,16 @@ from fastr1.config.fields import (
 )
 from fastr1.config.loading import config_to_dict, load_config, save_config
 from fastr1.config.losses import loss_options
+from fastr1.config.shipped import PACKAGE, find_shipped, shipped_configs
 
 __all__ = [
     "INSTRUCTION",
+    "PACKAGE",
+    "Backend",
     "ConfigError",
     "Control",
     "DataConfig",
+    "Dtype",
     "GRPOConfig",
     "ModelConfig",
     "ModelPart",
@@ -35,8 +41,10 @@ __all__ = [
     "check_reward",
     "check_value",
     "config_to_dict",
+    "find_shipped",
     "load_config",
     "loss_options",
     "save_config",
+    "shipped_configs",
     "without_auto",
 ]

@@ -5,7 +5,8 @@
 Every key is optional and means what `fields.py` says. A key that does not exist, a key written twice, a value of the
 wrong type and a value out of range are refused; nothing is ignored.
 
-Paths: `model.path`, `data.*` and `run.output_dir` are used as written, so relative ones start at the current directory.
+Paths: `model.path`, `data.*` and `run.output_dir` are used as written, so relative ones start at the current directory;
+a `model.path` of `fastr1:…` is inside the package (see `shipped.py`).
 `deepspeed` is an object or the path of a JSON file: relative to the configuration file that names it or, in an
 override, to the current directory.
 """
@@ -23,6 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fastr1.config.checks import ConfigError, check_config
 from fastr1.config.fields import TrainConfig, choices_of
+from fastr1.config.shipped import find_config, find_shipped
 
 _WORDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number", dict: "an object"}
 
@@ -30,18 +32,20 @@ _WORDS = {str: "a string", bool: "true or false", int: "an integer", float: "a n
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The validated configuration of a JSON file with `section.key=value` overrides applied in order.
 
+    `path` may also be the name of a shipped configuration, such as "grpo", where no such file is here.
     The value of an override is read as JSON, or taken as a string where it is not JSON.
 
     Raises: ConfigError naming the file or override, the full key, the value received and, where one is close, the key
         that was probably meant.
     """
-    source = Path(path)
+    source = find_config(path)
     tree = _read_object(source)
     if isinstance(tree.get("deepspeed"), str):
         tree["deepspeed"] = _read_object(source.parent / tree["deepspeed"], f"{source}: deepspeed")
     config = _build(TrainConfig, tree, "", str(source))
     for override in overrides:
         config = _apply_override(config, override)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=find_shipped(config.model.path)))
     try:
         check_config(config)
     except ConfigError as error:

@@ -19,31 +19,32 @@ from typing import Any
 
 import torch
 
-from fastr1.config import Control, load_config
+from fastr1.config import PACKAGE, Control, load_config, shipped_configs
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
-from fastr1.evaluation.multiple_choice import evaluate_checkpoint
+from fastr1.evaluation.checkpoint import evaluate_checkpoint
 from fastr1.reporting.curves import SUMMARY_FILE, write_report
 from fastr1.reporting.run_log import METRICS_FILE, read_rows
 from fastr1.schema import DataError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-COLD_START_CONFIG = REPOSITORY / "configs" / "demo_coldstart.json"
-GRPO_CONFIG = REPOSITORY / "configs" / "grpo.json"
+COLD_START_CONFIG, GRPO_CONFIG = "demo_coldstart", "grpo"
 SHOWN_INSTEAD: tuple[Control, ...] = ("shuffled_frames", "repeated_frame", "blank_video")  # from most to least seen
 MARK = ".demo"  # lies in every run folder that a demo made
+QUICK_DATA = {"num_train": 16, "num_test": 10}
+QUICK_RUN = ["optim.max_steps=2", "run.logging_steps=1"]
 
 
-def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Run every phase below `output_dir` and return what is written to its summary.json.
 
     Args:
         seed: of the data, the cold start and the rollouts.
-        overrides: further `a.b=c` settings of the GRPO run.
+        quick: few clips and two updates per training, to see that every phase works; the accuracies mean nothing.
 
     Raises: DataError where a run that no demo made is in the way; nothing is deleted then.
     """
     root = Path(output_dir)
+    sizes, shortened = (QUICK_DATA, QUICK_RUN) if quick else ({}, [])
     data, cold_start, grpo = root / "data", root / "coldstart", root / "grpo"
     _make_run_folders(cold_start, grpo)
     conditions = _conditions()
@@ -57,14 +58,13 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
         return result
 
     shared = [f"data.video_root={data}", f"run.seed={seed}"]
-    timed("data", write_demo_dataset, data, seed=seed)
+    timed("data", write_demo_dataset, data, seed=seed, **sizes)
     first = [f"data.train_file={data / 'coldstart.json'}", f"run.output_dir={cold_start}"]
-    first += [f"model.path={REPOSITORY / 'fastr1' / 'demo' / 'base_model'}"]
-    timed("cold_start", launch, COLD_START_CONFIG, [*shared, *first])
+    timed("cold_start", launch, COLD_START_CONFIG, [*shared, *first, *shortened])
     before = timed("evaluate_before", _evaluate, root, cold_start / "final")
     then = [f"data.train_file={data / 'train.jsonl'}", f"data.eval_file={data / 'test.jsonl'}"]
     then += [f"model.path={cold_start / 'final'}", f"run.output_dir={grpo}"]
-    timed("grpo", launch, GRPO_CONFIG, [*shared, *then, *overrides])
+    timed("grpo", launch, GRPO_CONFIG, [*shared, *then, *shortened])
     after = timed("evaluate_after", _evaluate, root, grpo / "final")
     controls = {
         control: timed(f"evaluate_{control}", _evaluate, root, grpo / "final", control=control)
@@ -80,7 +80,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
         "controls": controls,
         "seconds": seconds,
         "conditions": conditions,
-        "title": f"GRPO on the demo clips, seed {seed}",
+        "title": f"GRPO on the demo clips, seed {seed}{' (quick: no result)' if quick else ''}",
         "accuracy": {"cold start": before["accuracy"], "blank video": controls["blank_video"]["accuracy"]},
     }
     for folder in (root, grpo):
@@ -122,21 +122,25 @@ def _conditions() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    if not (REPOSITORY / ".git").exists() or shutil.which("git") is None:
+    if not (PACKAGE.parent / ".git").exists() or shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(REPOSITORY), *arguments]
+    command = ["git", "-C", str(PACKAGE.parent), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def launch(config: Path, overrides: Sequence[str]) -> None:
-    """`deepspeed fastr1/train.py --config CONFIG --set …` on one process, as typed by hand."""
+def launch(name: str, overrides: Sequence[str]) -> None:
+    """`deepspeed fastr1/train.py --config FILE --set …` on one process, as typed by hand; FILE is that of `name`."""
+    config = shipped_configs()[name]
     load_config(config, overrides)  # a mistake shows here, before the launcher starts
-    script = REPOSITORY / "fastr1" / "train.py"
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(_free_port())]
-    command = [*launcher, str(script), "--config", str(config)]
+    # the `deepspeed` command by its module: the script of that name need not be on the path
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "1"]
+    command = [*launcher, "--master_port", str(_free_port()), str(PACKAGE / "train.py"), "--config", str(config)]
     for override in overrides:
         command += ["--set", override]
-    subprocess.run(command, check=True)
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # else each process of the launcher warns that it found no GPU
+    subprocess.run(command, check=True, env=environment)
 
 
 def _free_port() -> int:
@@ -147,13 +151,12 @@ def _free_port() -> int:
 
 
 def _evaluate(root: Path, model: Path, *, control: Control | None = None) -> dict[str, float]:
-    config = load_config(GRPO_CONFIG)
+    config = load_config(shipped_configs()[GRPO_CONFIG])
     name = f"{model.parent.name}{f'_{control}' if control else ''}.json"
     return evaluate_checkpoint(
         model_path=model,
         data_file=root / "data" / "test.jsonl",
         video_root=root / "data",
-        num_frames=config.data.num_frames,
         batch_size=config.run.per_device_eval_batch_size,
         max_completion_length=config.grpo.max_completion_length,
         control=control,
@@ -167,7 +170,7 @@ def format_table(summary: dict[str, Any]) -> str:
     columns |= {control.replace("_", " "): rates for control, rates in summary["controls"].items()}
     lines = ["", f"{'held-out questions':<22}" + "".join(f"{name:>17}" for name in columns)]
     after = summary["after"]
-    for name in ("accuracy", *(key for key in after if key.startswith("accuracy/")), "format_rate"):
+    for name in ("accuracy", "strict_accuracy", *(key for key in after if key.startswith("accuracy/")), "format_rate"):
         lines.append(f"{name:<22}" + "".join(f"{100 * rates[name]:>15.1f} %" for rates in columns.values()))
     lengths = (f"{rates['completion_length']:>10.1f} tokens" for rates in columns.values())
     lines.append(f"{'completion_length':<22}" + "".join(lengths))

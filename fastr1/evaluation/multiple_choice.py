@@ -1,4 +1,4 @@
-"""Greedy multiple-choice accuracy on a question file, with unparsable answers counted instead of guessed.
+"""Multiple-choice accuracy on a question file, with unparsable answers counted instead of guessed.
 
 Controls show the same model something else than the clip of the question, to tell how much it looks at the video:
 blank frames (what the text alone gives away), one frame repeated (what a picture gives away), frames in random order
@@ -7,84 +7,27 @@ blank frames (what the text alone gives away), one frame repeated (what a pictur
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastr1.config import INSTRUCTION, Control, DataConfig, GRPOConfig, Policy, RunConfig
+from fastr1.config import Control, DataConfig, GRPOConfig, RunConfig
 from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
-from fastr1.data.questions import load_questions
-from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
+from fastr1.models import Processor, VideoLanguageModel
 from fastr1.models.texts import prompt_ids
 from fastr1.rewards.answers import extract_answer_letter, extract_think
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Answer, DataError, Sample
 from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
-logger = logging.getLogger(__name__)
-
-
-def evaluate_checkpoint(
-    *,
-    model_path: str | Path,
-    data_file: str | Path,
-    video_root: str | Path,
-    num_frames: int = DataConfig.num_frames,
-    batch_size: int = RunConfig.per_device_eval_batch_size,
-    max_completion_length: int = GRPOConfig.max_completion_length,
-    limit: int | None = None,
-    instruction: str = INSTRUCTION,
-    control: Control | None = None,
-    device: str | None = None,
-    output: str | Path | None = None,
-    policy: Policy = DataConfig.policy,
-    max_bad_fraction: float = DataConfig.max_bad_fraction,
-) -> dict[str, float]:
-    """Load a model, answer the questions of a file greedily and return the rates of `summarise_answers`.
-
-    Args:
-        instruction: what follows every question in the prompt; use that of the training run.
-        control: one of `CONTROLS`, shown in the place of every clip; None: the clip.
-        output: write the summary, every answer and what was left out there as JSON.
-        policy: "error" stops at a question that cannot be used, naming file and line; "skip" leaves it out.
-        max_bad_fraction: with "skip", stop when more than this share of the questions is left out.
-    """
-    data = DataConfig(num_frames=num_frames, instruction=instruction, policy=policy, max_bad_fraction=max_bad_fraction)
-    loaded = load_questions(data_file, video_root, policy=policy, max_bad_fraction=max_bad_fraction, limit=limit)
-    evaluator = Evaluator(
-        loaded,
-        load_processor(model_path),
-        data,
-        batch_size=batch_size,
-        max_completion_length=max_completion_length,
-    )
-    answers, failures = evaluator.answer(load_model(model_path, device=device), control=control)
-    evaluator.ledger.record(failures, step=0, when="evaluation")
-    for row in evaluator.ledger.rows:
-        logger.warning("%s, line %d is left out: %s", row.file, row.line, row.reason)
-    evaluator.ledger.check_bound()
-    summary = summarise_answers(answers, evaluator.num_rows)
-    if output is not None:
-        content = {
-            "summary": summary,
-            "answers": [asdict(answer) for answer in answers],
-            "left_out": [asdict(row) for row in evaluator.ledger.rows],
-        }
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return summary
-
 
 class Evaluator:
     """Questions with their prompts, to be put to a model any number of times.
 
-    Attributes: num_rows of the file, and its ledger, which holds the questions that were left out so far.
+    Attributes: num_rows of the file; the samples of it whose prompts fit; the ledger of the file, which holds the
+    questions that were left out so far.
     Raises: DataError where a prompt does not fit into the model, unless `data.policy` is "skip".
     """
 
@@ -96,23 +39,32 @@ class Evaluator:
         *,
         batch_size: int = RunConfig.per_device_eval_batch_size,
         max_completion_length: int = GRPOConfig.max_completion_length,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> None:
         self._data = data
         self._processor = processor
         self._batch_size = batch_size
-        self._params = SamplingParams(max_completion_length, temperature=0)
+        self._params = SamplingParams(max_completion_length, temperature=temperature, top_p=top_p)
+        self._seed = seed
         bound: dict[str, Any] = {"policy": data.policy, "max_bad_fraction": data.max_bad_fraction}
         fitting, prompts = tokenize_samples(loaded, lambda sample: prompt_ids(processor, data, sample), **bound)
-        self._questions = list(zip(fitting.samples, prompts, strict=True))
+        self.samples, self._prompts = fitting.samples, prompts
         self.num_rows = loaded.num_rows
         self.ledger = BadSampleLedger(fitting, **bound)
 
     @torch.no_grad()
     def answer(
-        self, model: VideoLanguageModel, *, share: slice = slice(None), control: Control | None = None
+        self,
+        model: VideoLanguageModel,
+        *,
+        share: slice | Sequence[int] = slice(None),
+        control: Control | None = None,
     ) -> tuple[list[Answer], list[BadRow]]:
-        """Answer a share of the questions; `control` is one of `CONTROLS`, or None.
+        """Answer a share of `samples`, by their places; `control` is one of `CONTROLS`, or None.
 
+        Draws depend on the seed and the place of a question, not on the batch.
         Returns: the answers, and the questions whose video cannot be decoded (under the policy "error" it stops at the
         first). The caller hands these, of all processes, to the ledger, which applies the policy.
         """
@@ -124,27 +76,30 @@ class Evaluator:
         failures: list[BadRow] = []
         device, threads = model.device, self._data.num_decode_threads
 
-        def load(question: tuple[Sample, torch.Tensor]) -> torch.Tensor | BadRow:
-            path, preprocess = question[0].video_path, self._processor.preprocess_frames
+        def load(place: int) -> torch.Tensor | BadRow:
+            sample, preprocess = self.samples[place], self._processor.preprocess_frames
             try:
-                pixels = load_pixels(path, self._data, preprocess, device)
+                pixels = load_pixels(sample.video_path, self._data, preprocess, device)
             except VideoError as error:
-                return BadRow(question[0].origin, error.problem)
+                return BadRow(sample.origin, error.problem)
             return pixels if control is None else CONTROLS[control](pixels)
 
-        with ClipPrefetcher(load, self._questions[share], num_threads=threads, depth=2 * self._batch_size) as clips:
+        places = range(len(self.samples))[share] if isinstance(share, slice) else share
+        with ClipPrefetcher(load, places, num_threads=threads, depth=2 * self._batch_size) as clips:
             while batch := list(islice(clips, self._batch_size)):
                 failures += [result for _, result in batch if isinstance(result, BadRow)]
                 if failures and self._data.policy == "error":
                     break
-                usable = [(question, pixels) for question, pixels in batch if not isinstance(pixels, BadRow)]
+                usable = {place: pixels for place, pixels in batch if not isinstance(pixels, BadRow)}
                 if not usable:
                     continue
-                videos = [model.encode(pixels) for _, pixels in usable]
-                prompts = [ids.to(device) for (_, ids), _ in usable]
-                rollout = sample_completions(model, self._processor, prompts, videos, self._params)
+                videos = [model.encode(pixels) for pixels in usable.values()]
+                prompts = [self._prompts[place].to(device) for place in usable]
+                rollout = sample_completions(
+                    model, self._processor, prompts, videos, self._params, seed=self._seed, prompt_keys=list(usable)
+                )
                 lengths = rollout.completion_mask.sum(dim=1).tolist()
-                samples = [sample for (sample, _), _ in usable]
+                samples = [self.samples[place] for place in usable]
                 answers += [_judge(*row) for row in zip(samples, rollout.texts, lengths, strict=True)]
         model.train(was_training)
         return answers, failures
@@ -179,8 +134,10 @@ CONTROLS: dict[Control, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def summarise_answers(answers: Sequence[Answer], num_rows: int | None = None) -> dict[str, float]:
-    """`accuracy`, `format_rate`, `unparsable_rate`, mean `completion_length`, and `accuracy/<problem type>`.
+    """`accuracy` and beside it `strict_accuracy`, `format_rate`, `unparsable_rate`, mean `completion_length`, and
+    `accuracy/<problem type>`.
 
+    `accuracy` is lenient: the right letter is found in the answer. Strict: and the completion is well formed.
     All over `num_questions`, those that were answered; `num_left_out` is how many of `num_rows` were not.
     """
     if not answers:
@@ -188,6 +145,7 @@ def summarise_answers(answers: Sequence[Answer], num_rows: int | None = None) ->
     total = len(answers)
     summary = {
         "accuracy": sum(a.is_correct for a in answers) / total,
+        "strict_accuracy": sum(a.is_correct and a.is_well_formed for a in answers) / total,
         "format_rate": sum(a.is_well_formed for a in answers) / total,
         "unparsable_rate": sum(a.letter is None for a in answers) / total,
         "completion_length": sum(a.completion_length for a in answers) / total,

@@ -1,5 +1,6 @@
 """Video language models: what a family offers (`family`), and a folder for each."""
 
+from fastr1.models.devices import parse_device
 from fastr1.models.family import (
     DecoderLayout,
     ModelFileError,
@@ -19,5 +20,6 @@ __all__ = [
     "build_model",
     "load_model",
     "load_processor",
+    "parse_device",
     "save_model",
 ]

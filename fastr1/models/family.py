@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from fastr1.config import ModelConfig, ModelPart
-from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.models.devices import parse_device, resolve_dtype
 
 # "model_type" of a model folder's config.json → the module of its family
 FAMILIES = {"tinyllava": "fastr1.models.tinyllava"}
@@ -276,9 +276,10 @@ def load_model(
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         device: None is this process's GPU where there is one, else the CPU.
 
-    Raises: ModelFileError when a file is missing or unreadable, or does not hold what config.json says.
+    Raises: ModelFileError when a file is missing or unreadable, or does not hold what config.json says; ConfigError for
+        a device that is not here.
     """
-    where = resolve_device() if device is None else torch.device(device)
+    where = device if isinstance(device, torch.device) else parse_device(device)
     number = resolve_dtype(dtype, where) if isinstance(dtype, str) else dtype
     family = _family_of(read_config(path), Path(path) / "config.json")
     return family.load_model(Path(path), dtype=number, device=where, attn_implementation=attn_implementation)

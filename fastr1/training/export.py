@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from fastr1.config import TrainConfig
+from fastr1.evaluation.recorded import record_settings
 from fastr1.models import Processor, VideoLanguageModel, save_model
 from fastr1.training.distributed import DistributedModel
 
 logger = logging.getLogger(__name__)
 
 
-def export_model(distributed: DistributedModel, model: VideoLanguageModel, processor: Processor, path: Path) -> None:
-    """Write the trained model in the layout it was read in, in the training dtype. All ranks call it."""
+def export_model(
+    distributed: DistributedModel, model: VideoLanguageModel, processor: Processor, config: TrainConfig, path: Path
+) -> None:
+    """Write the trained model in the layout it was read in, in the training dtype, with how videos and questions were
+    shown to it (`fastr1.evaluation.recorded`). All ranks call it."""
     state = distributed.consolidated_state_dict()
     if state is not None:
+        record_settings(path, config)
         save_model(path, model, processor, state_dict=state)
         logger.info("model written to %s", path)
     distributed.barrier()

@@ -127,7 +127,7 @@ class TrainingRun(Generic[S]):
                     logger.warning("stopped; go on with run.resume_from_checkpoint=%s", checkpoint)
                     return checkpoint
         log.close()
-        export_model(self.distributed, self.model, self.processor, self.output_dir / "final")
+        export_model(self.distributed, self.model, self.processor, self.config, self.output_dir / "final")
         return self.output_dir / "final"
 
     def evaluate(self) -> Metrics:

@@ -11,6 +11,7 @@ import os
 import stat
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -57,6 +58,11 @@ def load_clip(
     choose = functools.partial(select_indices, num_frames=num_frames, max_frames=max_frames)
     decoder = _backend_module(backend)
     return decoder.decode(path, choose, device=torch.device(device), num_ffmpeg_threads=num_ffmpeg_threads)
+
+
+def resolve_backend(backend: str = DataConfig.backend) -> Literal["torchcodec", "pyav"]:
+    """The decoder a setting stands for here: "torchcodec" or "pyav". Raises: BackendError as `load_clip` does."""
+    return "pyav" if _backend_module(backend) is pyav_backend else "torchcodec"
 
 
 def describe_backend(backend: str = DataConfig.backend) -> str:

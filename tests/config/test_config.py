@@ -10,7 +10,15 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from fastr1.config import GRPOConfig, TrainConfig, config_to_dict, load_config, loss_options, save_config
+from fastr1.config import (
+    GRPOConfig,
+    TrainConfig,
+    config_to_dict,
+    load_config,
+    loss_options,
+    save_config,
+    shipped_configs,
+)
 from fastr1.config.checks import DEEPSPEED_OWNED_KEYS, ConfigError, without_auto
 from fastr1.config.fields import choices_of
 from fastr1_kernels.options import LOSSES, SCALES, LossOptions
@@ -48,6 +56,41 @@ def test_there_are_shipped_configs() -> None:
     assert {"grpo.json", "demo_coldstart.json", "nextqa_grpo.json", "nextqa_coldstart.json"} <= {
         path.name for path in CONFIGS
     }
+
+
+def test_shipped_config_is_found_by_its_name_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(shipped_configs()["grpo"])
+    (tmp_path / "grpo").mkdir()  # a folder is no configuration
+    for name in ("grpo", "grpo.json"):
+        caplog.clear()
+        assert load_config(name) == shipped
+        assert caplog.messages == [f"no file {name} here: taking the shipped {shipped_configs()['grpo']}"]
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")  # one process of a run says it
+    assert load_config("grpo") == shipped
+    write(tmp_path, MINIMAL, "grpo.json")
+    assert load_config("grpo.json").model.path == "m"  # a file here comes first
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", ["grpp", "configs/grpo.json", "data/grpo"])
+def test_a_name_that_is_neither_file_nor_shipped_lists_those_that_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = error_of(Path(name))
+    assert message.startswith(f"cannot read {name}: No such file")
+    assert "shipped configuration: demo_coldstart, grpo, nextqa_coldstart, nextqa_grpo" in message
+    assert ("(--config grpo is the shipped one)" in message) == ("grpo" in name)
+
+
+def test_model_path_inside_the_package(minimal: Path) -> None:
+    config = load_config(minimal, ["model.path=fastr1:demo/base_model"])
+    assert (Path(config.model.path) / "config.json").is_file()
+    assert "shipped is fastr1:demo/base_model" in error_of(minimal, "model.path=fastr1:demo/bas_model")
 
 
 def test_original_settings_of_the_paper_run() -> None:

@@ -25,13 +25,18 @@ class Stages:
         self.seeds: list[int] = []
         self.trainings: list[tuple[str, dict[str, str]]] = []
         self.evaluations: list[tuple[str, str | None]] = []
-        monkeypatch.setattr(pipeline, "write_demo_dataset", lambda folder, seed: self.seeds.append(seed))
+        self.sizes: list[dict[str, int]] = []
+        monkeypatch.setattr(pipeline, "write_demo_dataset", self.write)
         monkeypatch.setattr(pipeline, "launch", self.launch)
         monkeypatch.setattr(pipeline, "evaluate_checkpoint", self.evaluate)
 
-    def launch(self, config: Path, overrides: list[str]) -> None:
+    def write(self, folder: Path, *, seed: int, **sizes: int) -> None:
+        self.seeds.append(seed)
+        self.sizes.append(sizes)
+
+    def launch(self, name: str, overrides: list[str]) -> None:
         settings = dict(override.split("=", 1) for override in overrides)
-        self.trainings.append((config.name, settings))
+        self.trainings.append((name, settings))
         rows = [{"step": step, "reward": step / 10, "completion_length": 20.0} for step in (1, 2, 3)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(settings["run.output_dir"]) / "metrics.jsonl").write_text(lines)
@@ -40,7 +45,8 @@ class Stages:
         run = model_path.parent.name
         self.evaluations.append((run, control))
         accuracy = RATES[control] if run == "grpo" else 0.5
-        rates = {"accuracy": accuracy, "format_rate": 0.98, "completion_length": 27.0, "num_questions": 150.0}
+        rates = {"accuracy": accuracy, "strict_accuracy": accuracy / 2, "format_rate": 0.98}
+        rates |= {"completion_length": 27.0, "num_questions": 150.0}
         return {**rates, "accuracy/first": accuracy / 2, "accuracy/order": accuracy}
 
 
@@ -62,7 +68,8 @@ def test_controls_are_measured_on_the_trained_model_and_told(
     columns = ["cold start", "after GRPO", "shuffled frames", "repeated frame", "blank video"]
     assert sorted(columns, key=heading.index) == columns
     assert " ".join(total.split()) == "accuracy 50.0 % 71.0 % 41.0 % 29.0 % 19.0 %"
-    assert kinds[0].split()[:3] == ["accuracy/first", "25.0", "%"]
+    assert kinds[0].split()[:3] == ["strict_accuracy", "25.0", "%"]
+    assert kinds[1].split()[:3] == ["accuracy/first", "25.0", "%"]
 
 
 def test_summary_holds_conditions_and_seconds_of_every_phase(tmp_path: Path, stages: Stages) -> None:
@@ -82,10 +89,21 @@ def test_seed_of_the_command_line_reaches_data_and_both_trainings(tmp_path: Path
     assert cli.main(["demo", "--output-dir", str(tmp_path), "--seed", "3"]) == 0
     assert stages.seeds == [3]
     assert [(name, settings["run.seed"]) for name, settings in stages.trainings] == [
-        ("demo_coldstart.json", "3"),
-        ("grpo.json", "3"),
+        ("demo_coldstart", "3"),
+        ("grpo", "3"),
     ]
     assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 3
+
+
+def test_quick_demo_goes_through_every_phase_with_less(tmp_path: Path, stages: Stages) -> None:
+    assert cli.main(["demo", "--output-dir", str(tmp_path), "--quick"]) == 0
+    assert stages.sizes == [pipeline.QUICK_DATA]
+    assert [settings["optim.max_steps"] for _, settings in stages.trainings] == ["2", "2"]
+    assert len(stages.evaluations) == 2 + len(CONTROLS)
+    assert "quick" in json.loads((tmp_path / "summary.json").read_text())["title"]
+    assert cli.main(["demo", "--output-dir", str(tmp_path)]) == 0
+    assert stages.sizes[1] == {}
+    assert not any("optim.max_steps" in settings for _, settings in stages.trainings[2:])
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [([], "--seed 0"), (["SEED=2"], "--seed 2")])

@@ -13,7 +13,8 @@ from trainer_toys import NUM_SAMPLES, make_config, problem, write_world
 
 from fastr1.config import INSTRUCTION, Control
 from fastr1.evaluation.chat import chat
-from fastr1.evaluation.multiple_choice import CONTROLS, evaluate_checkpoint, summarise_answers
+from fastr1.evaluation.checkpoint import evaluate_checkpoint
+from fastr1.evaluation.multiple_choice import CONTROLS, summarise_answers
 from fastr1.schema import Answer, DataError
 from fastr1.training.sft import run_sft
 
@@ -67,13 +68,14 @@ def test_summary_counts_unparsable_answers_as_wrong() -> None:
         make_answer("A", "A", "what"),
         make_answer("B", "A", "what"),
         make_answer(None, "C", "where", is_well_formed=False, length=12),
-        make_answer("D", "D", "where"),
+        make_answer("D", "D", "where", is_well_formed=False),
         make_answer("E", "E", "where"),
     ]
     assert summarise_answers(answers) == pytest.approx(
         {
             "accuracy": 3 / 5,
-            "format_rate": 4 / 5,
+            "strict_accuracy": 2 / 5,
+            "format_rate": 3 / 5,
             "unparsable_rate": 1 / 5,
             "completion_length": 28 / 5,
             "num_questions": 5,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 from trainer_toys import INSTRUCTION, NUM_SAMPLES, build_model, build_tokenizer, make_config, metrics_of, write_world
 
 from fastr1.evaluation.chat import chat
-from fastr1.evaluation.multiple_choice import evaluate_checkpoint
+from fastr1.evaluation.checkpoint import evaluate_checkpoint
 from fastr1.models import ModelFileError, Processor, VideoLanguageModel, load_model, load_processor, save_model
 from fastr1.models.family import FAMILIES
 from fastr1.models.tinyllava import TinyLlavaProcessor
@@ -94,6 +96,22 @@ def test_left_padding_does_not_change_a_prompt(pair: Pair) -> None:
         rows = slice(2 * i, 2 * i + 2)
         alone = pair[0](prompts[i : i + 1], videos[i : i + 1], completions[rows], mask[rows])
         assert_close(together[rows][mask[rows]], alone[mask[rows]], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o007, 0o660)])
+def test_saved_files_are_readable_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    model = build_model(build_tokenizer())
+    processor = TinyLlavaProcessor(build_tokenizer(), model.config)
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # also over the files of an earlier save, and what a killed one left
+            save_model(tmp_path, model, processor)
+            (tmp_path / "model.safetensors.partial").touch(0o600)
+    finally:
+        os.umask(before)
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir() if path.suffix != ".partial"}
+    assert "model.safetensors" in found
+    assert found == dict.fromkeys(found, mode)
 
 
 def test_saved_folder_gives_the_same_model_and_prompts(pair: Pair, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from distributed_toys import run_on_two_ranks
 from torch.testing import assert_close
 from trainer_toys import (
+    INSTRUCTION,
     ROOT,
     TOYS,
     child_environment,
@@ -29,6 +30,7 @@ import fastr1.evaluation.multiple_choice
 import fastr1.training.grpo
 from fastr1.config import load_config, save_config
 from fastr1.data.questions import load_questions
+from fastr1.evaluation.recorded import Recorded, read_recorded
 from fastr1.models import load_model
 from fastr1.models.texts import prompt_ids
 from fastr1.models.tinyllava import TinyLlavaVideo
@@ -333,6 +335,7 @@ def test_run_folder(world: Path, plain: Path) -> None:
         model.language_model.lm_head.weight, exported(plain / "final")["language_model.model.embed_tokens.weight"]
     )
     assert not (plain / "checkpoints").exists()
+    assert read_recorded(plain / "final") == Recorded(4, None, INSTRUCTION, "pyav")
 
 
 def test_sigterm_finishes_the_step_saves_and_resumes(world: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ def write_checkpoint(
         {"_from_model_config": True, "bos_token_id": eos, "eos_token_id": eos, "use_cache": True},
     )
     temporary = path / "model.safetensors.partial"
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; save_file would have the owner alone read it
     save_file(state, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)
     temporary.rename(path / "model.safetensors")
 
 

@@ -1,0 +1,183 @@
+"""The accuracy of a model folder on a question file, by one process or several.
+
+Several processes take whole batches in turn: every batch holds the questions it would hold with one, and so the answers
+are those of one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from fastr1.config import ConfigError, Control, DataConfig, GRPOConfig, ModelConfig, Policy, RunConfig
+from fastr1.data.ledger import BadRow, LoadedSamples
+from fastr1.data.questions import load_questions
+from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
+from fastr1.evaluation.recorded import data_settings
+from fastr1.models import load_model, load_processor, parse_device
+from fastr1.schema import Answer, DataError, Sample
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(
+    *,
+    model_path: str | Path,
+    data_file: str | Path,
+    video_root: str | Path,
+    num_frames: int | None = None,
+    max_frames: int | None = None,
+    instruction: str | None = None,
+    backend: str | None = None,
+    batch_size: int = RunConfig.per_device_eval_batch_size,
+    max_completion_length: int = GRPOConfig.max_completion_length,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    limit: int | None = None,
+    control: Control | None = None,
+    policy: Policy = DataConfig.policy,
+    max_bad_fraction: float = DataConfig.max_bad_fraction,
+    dtype: str = ModelConfig.dtype,
+    device: str | None = None,
+    num_processes: int = 1,
+    output: str | Path | None = None,
+) -> dict[str, float]:
+    """Load a model, answer the questions of a file and return the rates of `summarise_answers`.
+
+    Args:
+        num_frames, max_frames, instruction, backend: how the questions are asked; None is as in the model's training,
+            where its folder records that (see `recorded.py`).
+        temperature, top_p, seed: of the sampling; a temperature of 0 takes the likeliest token.
+        control: one of `CONTROLS`, shown in the place of every clip; None: the clip.
+        policy: "error" stops at a question that cannot be used, naming file and line; "skip" leaves it out.
+        max_bad_fraction: with "skip", stop when more than this share of the questions is left out.
+        num_processes: one per GPU, or any number on a CPU. The answers do not depend on it.
+        output: write the summary, every answer and what was left out there as JSON.
+    """
+    asked = data_settings(
+        model_path, num_frames=num_frames, max_frames=max_frames, instruction=instruction, backend=backend
+    )
+    job = _Job(
+        str(model_path),
+        load_questions(data_file, video_root, policy=policy, max_bad_fraction=max_bad_fraction, limit=limit),
+        dataclasses.replace(asked, policy=policy, max_bad_fraction=max_bad_fraction),
+        control,
+        dtype,
+        _devices(device, num_processes),
+        batch_size,
+        {"max_completion_length": max_completion_length, "temperature": temperature, "top_p": top_p, "seed": seed},
+    )
+    evaluator = job.build_evaluator()
+    if num_processes == 1:
+        answers, failures = job.answer_share(evaluator, 0)
+    else:
+        answers, failures = _answer_in_processes(job, evaluator.samples)
+    evaluator.ledger.record(failures, step=0, when="evaluation")
+    for row in evaluator.ledger.rows:
+        logger.warning("%s, line %d is left out: %s", row.file, row.line, row.reason)
+    evaluator.ledger.check_bound()
+    summary = summarise_answers(answers, evaluator.num_rows)
+    if output is not None:
+        content = {
+            "summary": summary,
+            "answers": [asdict(answer) for answer in answers],
+            "left_out": [asdict(row) for row in evaluator.ledger.rows],
+        }
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a process needs to answer its share."""
+
+    model_path: str
+    loaded: LoadedSamples[Sample]
+    data: DataConfig
+    control: Control | None
+    dtype: str
+    devices: list[torch.device]  # one per process
+    batch_size: int
+    sampling: dict[str, Any]
+
+    def build_evaluator(self) -> Evaluator:
+        processor = load_processor(self.model_path)
+        return Evaluator(self.loaded, processor, self.data, batch_size=self.batch_size, **self.sampling)
+
+    def share(self, num_samples: int, rank: int) -> list[int]:
+        """The places of the questions that a process answers: every n-th batch."""
+        return [i for i in range(num_samples) if i // self.batch_size % len(self.devices) == rank]
+
+    def answer_share(self, evaluator: Evaluator, rank: int) -> tuple[list[Answer], list[BadRow]]:
+        model = load_model(self.model_path, dtype=self.dtype, device=self.devices[rank])
+        return evaluator.answer(model, share=self.share(len(evaluator.samples), rank), control=self.control)
+
+
+def _devices(device: str | None, num_processes: int) -> list[torch.device]:
+    """The device of every process. Raises: ConfigError where there are not as many GPUs."""
+    if num_processes < 1:
+        raise ConfigError(f"num_processes is {num_processes}; use 1 or more")
+    first = parse_device(device)
+    if num_processes == 1 or first.type == "cpu":
+        return [first] * num_processes
+    count = torch.cuda.device_count()
+    if device not in (None, "cuda") or num_processes > count:
+        wanted = f"num_processes is {num_processes} with device {device or 'cuda'!r}"
+        raise ConfigError(f"{wanted}, and this machine has {count} GPUs: use one process per GPU, or --device cpu")
+    return [torch.device("cuda", index) for index in range(num_processes)]
+
+
+def _answer_in_processes(job: _Job, samples: list[Sample]) -> tuple[list[Answer], list[BadRow]]:
+    """The answers in the order of the samples, and the failures, of all processes."""
+    num_processes = len(job.devices)
+    num_threads = max(1, torch.get_num_threads() // num_processes)
+    with tempfile.TemporaryDirectory(prefix="fastr1-eval-") as folder:
+        try:
+            arguments = (job, num_threads, Path(folder), os.getpid())
+            multiprocessing.spawn(_run_process, arguments, nprocs=num_processes)
+        except ProcessExitedException as error:
+            for refusal in sorted(Path(folder).glob("*.error")):
+                raise DataError(refusal.read_text()) from None
+            raise DataError(
+                f"process {error.error_index} of the evaluation ended with {error.signal_name or error.exit_code}; if "
+                "memory was short, use a smaller --num-processes or --batch-size"
+            ) from error
+        parts = [pickle.loads((Path(folder) / f"{rank}.answers").read_bytes()) for rank in range(num_processes)]
+    failures = [bad for _, bad_rows in parts for bad in bad_rows]
+    failed = {bad.origin for bad in failures}
+    placed: dict[int, Answer] = {}
+    for rank, (answers, bad_rows) in enumerate(parts):
+        if bad_rows and job.data.policy == "error":
+            continue  # it stopped there, and so will the caller
+        answered = [place for place in job.share(len(samples), rank) if samples[place].origin not in failed]
+        placed.update(zip(answered, answers, strict=True))
+    return [placed[place] for place in sorted(placed)], sorted(failures, key=lambda bad: bad.line)
+
+
+def _run_process(rank: int, job: _Job, num_threads: int, folder: Path, parent: int) -> None:
+    """Answers the share of one process; what fastr1 refuses is left as text and ends the others."""
+    if os.getppid() != parent:  # it ended while this process was starting; torch sees to what comes later
+        return
+    torch.set_num_threads(num_threads)
+    try:
+        part = job.answer_share(job.build_evaluator(), rank)
+    except ValueError as error:
+        if not type(error).__module__.startswith("fastr1."):
+            raise
+        (folder / f"{rank}.error").write_text(str(error))
+        sys.exit(2)
+    (folder / f"{rank}.answers").write_bytes(pickle.dumps(part))

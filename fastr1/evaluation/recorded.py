@@ -1,0 +1,128 @@
+"""How a model was asked in training, kept beside its weights, and how it is to be asked now.
+
+`fastr1.json` in an exported folder holds the number of frames, the instruction and the decoder of the training run.
+Evaluation and chat use them unless told otherwise, and say so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from fastr1 import __version__
+from fastr1.config import Backend, ConfigError, DataConfig, TrainConfig
+from fastr1.schema import DataError
+from fastr1.video import BackendError, resolve_backend
+
+RECORD_FILE = "fastr1.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a training run showed its model."""
+
+    num_frames: int  # -1: one per second
+    max_frames: int | None
+    instruction: str | None  # None: the conversations of a cold start carry their own
+    backend: Backend  # the decoder that was used: "torchcodec" or "pyav"
+
+
+def record_settings(folder: Path, config: TrainConfig) -> None:
+    """Write `fastr1.json` of a run with this configuration into a model folder, which is made where it is missing."""
+    data, backend = config.data, resolve_backend(config.data.backend)
+    recorded = {
+        "num_frames": data.num_frames,
+        "max_frames": data.max_frames,
+        "instruction": data.instruction if config.task == "grpo" else None,
+        "backend": backend,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"fastr1": __version__, **recorded}, indent=2, ensure_ascii=False)
+    (folder / RECORD_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def read_recorded(model_path: str | Path) -> Recorded | None:
+    """What a model folder says of its training; None where it says nothing. Raises: DataError for a damaged file."""
+    file = Path(model_path) / RECORD_FILE
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        recorded = Recorded(**{field.name: content[field.name] for field in fields(Recorded)})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file}: unreadable ({reason}); copy the file again, or delete it to use defaults") from error
+    for name, value in asdict(recorded).items():
+        if not _is_sound(name, value):
+            raise DataError(f"{file}: {name} is {value!r}; copy the file again, or delete it to use defaults")
+    return recorded
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    if name == "backend":
+        return value in get_args(Backend)
+    if name == "instruction":
+        return value is None or isinstance(value, str)
+    if type(value) is not int:
+        return name == "max_frames" and value is None
+    return value > 0 or (name == "num_frames" and value == -1)
+
+
+def data_settings(
+    model_path: str | Path,
+    *,
+    num_frames: int | None = None,
+    max_frames: int | None = None,
+    instruction: str | None = None,
+    backend: str | None = None,
+) -> DataConfig:
+    """How to ask this model: what is given here, else what its training recorded, else defaults; logged in one line.
+
+    A recorded decoder that cannot be loaded here is replaced by the one that can, which that line says; one that is
+    given is not. Raises: DataError for a damaged record, BackendError for a given decoder that cannot be loaded,
+    ConfigError for a limit of frames that has no effect.
+    """
+    recorded = read_recorded(model_path)
+    trained: dict[str, Any] = {} if recorded is None else asdict(recorded)
+    if num_frames not in (None, trained.get("num_frames")):
+        trained["max_frames"] = None  # it belongs to the recorded number
+    given = {"num_frames": num_frames, "max_frames": max_frames, "instruction": instruction}
+    values, sources = {}, {}
+    for name, value in given.items():
+        values[name], sources[name] = _choose(value, trained.get(name), getattr(DataConfig, name))
+    if max_frames is not None and values["num_frames"] != -1:
+        raise ConfigError(
+            f"max_frames is {max_frames} but num_frames is {values['num_frames']} ({sources['num_frames']}); it limits "
+            "one frame per second: leave it out, or set num_frames to -1"
+        )
+    decoder, why = _choose_decoder(backend, trained.get("backend"))
+    data = DataConfig(**values, backend=decoder)
+    frames = "one frame per second" if data.num_frames == -1 else f"{data.num_frames} frames"
+    how = f"{frames} ({sources['num_frames']}), "
+    if data.max_frames is not None:
+        how += f"at most {data.max_frames} ({sources['max_frames']}), "
+    how += f"instruction {data.instruction!r} ({sources['instruction']})"
+    logger.info("%s: %s, decoder %s (%s)", model_path, how, decoder, why)
+    return data
+
+
+def _choose(given: Any, trained: Any, default: Any) -> tuple[Any, str]:
+    """A value and where it is from."""
+    if given is not None:
+        return given, "given" if trained in (None, given) else f"given; trained with {trained!r}"
+    return (default, "default") if trained is None else (trained, "as trained")
+
+
+def _choose_decoder(given: str | None, trained: str | None) -> tuple[Backend, str]:
+    chosen, source = _choose(given, trained, DataConfig.backend)
+    try:
+        return resolve_backend(chosen), source
+    except BackendError:
+        if given is not None:
+            raise
+        return resolve_backend(), f"trained with {trained}, which cannot be loaded here"
