@@ -37,11 +37,8 @@ def encode(case: LoadingCase) -> Clip:
     width, height = case.width, case.height
     rng = np.random.default_rng(harness.SEED)
     y, x = np.mgrid[0:height, 0 : 2 * width]
-    waves = [
-        60 * np.sin(x / 37) + 50 * np.cos(y / 11),
-        60 * np.cos(y / 29) + 50 * np.sin(x / 7),
-        255 * (x + y) / (2 * width + height) - 100,
-    ]
+    shading = 255 * (x + y) / (2 * width + height) - 100
+    waves = [60 * np.sin(x / 37) + 50 * np.cos(y / 11), 60 * np.cos(y / 29) + 50 * np.sin(x / 7), shading]
     texture = (np.stack(waves, -1) + 100 + rng.integers(-30, 30, (height, 2 * width, 1))).clip(0, 255).astype(np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=case.fps, options={"preset": "veryfast"})
