@@ -32,6 +32,9 @@ _Images = dict[int, tuple[float | None, np.ndarray]]
 _MARKS_UNREFERENCED = ("h264", "mpeg4")
 
 
+_STORES_BOTH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+
+
 @dataclass(frozen=True)
 class _Scan:
     """What reading the packets, without decoding them, tells about a video."""
@@ -88,22 +91,25 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
     """Number the frames. The header's own count is not used: it is missing or wrong in many files."""
     # A packet marked "discard" lies outside the part that an edited file shows; an empty one ends the stream.
     packets = [
-        (packet.pts, packet.duration or 0, packet.is_keyframe)
+        (packet.pts, packet.duration or 0, packet.is_keyframe, packet.pts == packet.dts)
         for packet in container.demux(stream)
         if packet.size and not packet.is_discard
     ]
     header_rate, time_base = stream.average_rate, stream.time_base
     if not packets:
         raise VideoError(path, "the video stream holds no frame")
-    in_file_order = [start for start, _, _ in packets if start is not None]
-    # Frames that are stored out of order and yet carry ascending times have made-up times (AVI).
-    are_made_up = bool(stream.codec_context.has_b_frames) and in_file_order == sorted(in_file_order)
+    in_file_order = [start for start, *_ in packets if start is not None]
+    # Frames that may be stored out of order and yet carry ascending times may have made-up ones (AVI), unless the file
+    # stores for each when it is to be decoded and, later, to be shown.
+    has_both = container.format.name in _STORES_BOTH_TIMES and not all(at_once for *_, at_once in packets)
+    is_ascending = in_file_order == sorted(in_file_order)
+    are_made_up = bool(stream.codec_context.has_b_frames) and is_ascending and not has_both
     if time_base is None or len(set(in_file_order)) < len(packets) or are_made_up:
         return _Scan(_count_by_decoding(path), _known_rate(path, header_rate), pts=None, key_indices=[])
     pts = sorted(in_file_order)
-    end = max(start + duration for start, duration, _ in packets if start is not None)
+    end = max(start + duration for start, duration, *_ in packets if start is not None)
     rate = len(pts) / ((end - pts[0]) * time_base) if end > pts[0] else header_rate
-    keys = {start for start, _, is_keyframe in packets if is_keyframe}
+    keys = {start for start, _, is_keyframe, _ in packets if is_keyframe}
     key_indices = [index for index, value in enumerate(pts) if value in keys]
     return _Scan(len(pts), _known_rate(path, rate), pts, key_indices)
 

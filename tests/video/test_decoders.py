@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.frame import PictureType
 
 from fastr1.schema import DataError
 from fastr1.video import (
@@ -274,6 +275,23 @@ def test_pyav_leaves_out_the_frames_that_nothing_is_predicted_from(tmp_path, cod
         decoded = [frame.pts for frame in pyav_backend._decode_sparsely(container, stream, {scan.pts[0], scan.pts[30]})]
     assert {scan.pts[0], scan.pts[30]} <= set(decoded)
     assert len(decoded) <= share * NUM_FRAMES
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_file_that_has_no_b_frames_but_might_is_not_read_twice(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"x264-params": "b-adapt=0:bframes=3"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(NUM_FRAMES):
+            frame = av.VideoFrame.from_ndarray(numbered_picture(number, WIDTH, HEIGHT), "rgb24")
+            frame.pict_type = PictureType.P
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    monkeypatch.setattr(pyav_backend, "_count_by_decoding", None)
+    monkeypatch.setattr(pyav_backend, "_decode_from_start", None)
+    clip = load_clip(path, num_frames=7, backend="pyav")
+    assert read_numbers(clip.frames) == list(clip.indices)
 
 
 def test_a_seek_that_lands_between_key_frames_is_not_decoded_from(tmp_path):
