@@ -17,6 +17,7 @@ HEADS = {  # name → (D, V)
     "TinyLLaVA-Video-R1": (2048, 151_936),  # Qwen2.5-3B
     "Qwen2.5-VL-7B": (3584, 152_064),
 }
+VIDEO_SIZES = ((854, 480), (1280, 720), (1920, 1080))
 CPU_HEAD, MAIN_HEAD = "Qwen2.5-0.5B cut to 32,768", "TinyLLaVA-Video-R1"
 
 
@@ -47,9 +48,50 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"head": self.head, "rows": self.rows, "D": self.width, "V": self.vocabulary}
 
-def cases_of(op: str, full: bool) -> list[Case]:
+    @property
+    def results(self) -> str:
+        return "kernels.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingCase:
+    """A clip of `seconds`, read by one thread: `num_frames` of its frames as squares of `side` pixels."""
+
+    width: int
+    height: int
+    seconds: int = 8
+    fps: int = 25
+    num_frames: int = 16
+    side: int = 384  # of SigLIP-so400m/14-384
+    op: str = "load_pixels"
+    dtype: str = "float32"
+    dead: float = 0.0
+    cold: bool = False
+    frozen: bool = False
+
+    @property
+    def label(self) -> str:
+        length = f"{self.seconds} s at {self.fps}/s"
+        return f"{self.op}, {self.width}×{self.height}, {length}, {self.num_frames} frames to {self.side}×{self.side}"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        names = ("width", "height", "seconds", "fps", "num_frames", "side")
+        return {**{name: getattr(self, name) for name in names}, "threads": 1}
+
+    @property
+    def results(self) -> str:
+        return "loading.jsonl"
+
+
+def cases_of(op: str, full: bool) -> list[Any]:
     """The cases of an operation on the device there is; `full` for all of them on a GPU."""
+    if op == "load_pixels":
+        return [LoadingCase(width=width, height=height) for width, height in VIDEO_SIZES]
     if not torch.cuda.is_available():
         case = Case(op=op, head=CPU_HEAD, rows=1024, dtype="float32")
         return [case, Case(op=op, head=CPU_HEAD, rows=1024, dtype="float32", frozen=True)] if op == LINEAR else [case]
@@ -83,7 +125,9 @@ TARGETS_MS = {
 FIRST_CALL_TARGET = 1.3  # first call over steady calls, with a warm compilation cache
 
 
-def target_ms(case: Case, device: str) -> float | None:
+def target_ms(case: Case | LoadingCase, device: str) -> float | None:
+    if isinstance(case, LoadingCase):
+        return None
     main = case.rows == 8192 and case.head == MAIN_HEAD and case.dtype == "bfloat16"
     if "H200" not in device or not main or case.dead or case.cold:
         return None

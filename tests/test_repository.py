@@ -171,6 +171,7 @@ def test_rooms_import_in_one_direction() -> None:
 # Libraries that one file of each source root imports, so that an upgrade is that file's matter.
 ONE_IMPORTER = {
     "deepspeed": "fastr1/training/distributed.py",
+    "PIL": "fastr1/video/resize.py",
     "matplotlib": "fastr1/reporting/curves.py",
     "safetensors": "fastr1/models/tinyllava/checkpoint.py",
     "torchcodec": "fastr1/video/torchcodec_backend.py",

@@ -46,7 +46,7 @@ class DataConfig:
     instruction: str = INSTRUCTION
     policy: Policy = "error"  # what a bad row or video does
     max_bad_fraction: float = 0.05  # with skip: more bad rows than this share of the file stop the run
-    backend: Backend = "auto"  # auto: torchcodec where it can be loaded
+    backend: Backend = "auto"  # auto: torchcodec for frames on a GPU, where it can be loaded; else pyav
     num_decode_threads: int = 2
 
 

@@ -27,8 +27,13 @@ class TokenSums:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Adds one micro-batch; every call, on every rank, has the same names."""
+        """Adds one micro-batch; every call, on every rank, has the same names.
+
+        Raises: ValueError for a count on another device than its sum, which a GPU refuses to stack.
+        """
         for name, (total, count) in pairs.items():
+            if total.device != count.device:
+                raise ValueError(f"{name}: the sum is on {total.device}, its count on {count.device}; move the count")
             pair = torch.stack([total.detach().double(), count.detach().double()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 

@@ -43,8 +43,8 @@ def load_clip(
 
     Args:
         num_frames: frames to take; a shorter video repeats some. -1: one per second, at most `max_frames`.
-        backend: "torchcodec", "pyav", or "auto": torchcodec where it can be loaded. With torchcodec a CUDA `device`
-            also decodes on the GPU where it can. `Clip.backend` says what was used.
+        backend: "torchcodec", "pyav", or "auto": for a CUDA `device` torchcodec where it can be loaded, which also
+            decodes on the GPU where it can; for the CPU PyAV, which is faster there. `Clip.backend` says what was used.
         num_ffmpeg_threads: decoding threads for this clip; 0 leaves it to FFmpeg. Has no effect on the result.
     Returns: the frames (F, 3, H, W) uint8 with their numbers and times. May be called from several threads at once.
     Raises: VideoError if the file cannot be decoded; BackendError for a forced backend that cannot be loaded;
@@ -56,27 +56,34 @@ def load_clip(
     path = Path(path).absolute()
     _check_is_file(path)
     choose = functools.partial(select_indices, num_frames=num_frames, max_frames=max_frames)
-    decoder = _backend_module(backend)
-    return decoder.decode(path, choose, device=torch.device(device), num_ffmpeg_threads=num_ffmpeg_threads)
+    device = torch.device(device)
+    decoder = _backend_module(backend, device.type)
+    return decoder.decode(path, choose, device=device, num_ffmpeg_threads=num_ffmpeg_threads)
 
 
-def resolve_backend(backend: str = DataConfig.backend) -> Literal["torchcodec", "pyav"]:
-    """The decoder a setting stands for here: "torchcodec" or "pyav". Raises: BackendError as `load_clip` does."""
-    return "pyav" if _backend_module(backend) is pyav_backend else "torchcodec"
+def resolve_backend(
+    backend: str = DataConfig.backend, device: str | torch.device | None = None
+) -> Literal["torchcodec", "pyav"]:
+    """The decoder a setting stands for here: "torchcodec" or "pyav". Raises: BackendError as `load_clip` does.
+
+    `device`: where the frames are wanted; None: a GPU where there is one.
+    """
+    return "pyav" if _backend_module(backend, _device(device).type) is pyav_backend else "torchcodec"
 
 
-def describe_backend(backend: str = DataConfig.backend) -> str:
+def describe_backend(backend: str = DataConfig.backend, device: str | torch.device | None = None) -> str:
     """One line about that decoder, its version and, where "auto" had to do without torchcodec, why."""
-    module = _backend_module(backend)
-    if backend == "auto" and module is pyav_backend:
+    wanted = _device(device)
+    module = _backend_module(backend, wanted.type)
+    if backend == "auto" and module is pyav_backend and wanted.type != "cpu":
         return f"{module.describe()}; no torchcodec: {_why_no_torchcodec()}"
     return module.describe()
 
 
 @functools.cache  # so that the reason for doing without torchcodec is logged once
-def _backend_module(backend: str) -> ModuleType:
+def _backend_module(backend: str, device_type: str) -> ModuleType:
     check_value("data.backend", backend)
-    if backend == "pyav":
+    if backend == "pyav" or (backend == "auto" and device_type == "cpu"):
         return pyav_backend
     reason = _why_no_torchcodec()
     if reason is None:

@@ -1,7 +1,8 @@
-"""Decoding with PyAV, whose wheel brings FFmpeg along: for machines on which torchcodec cannot be loaded.
+"""Decoding with PyAV, whose wheel brings FFmpeg along: what "auto" takes where frames are wanted on the CPU.
 
 Gives the frames, and on a CPU the pixels, that torchcodec gives: the same frame numbering, colour conversion and
-rotation. Frames are numbered in the order they are shown.
+rotation. Frames are numbered in the order they are shown. Between the wanted frames only those are decoded that others
+are predicted from, which saves a third of the time or more where the codec marks them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from fastr1.schema import Clip
@@ -26,6 +27,12 @@ from fastr1.video.errors import VideoError
 
 # frame index -> (time in seconds where known, (H, W, 3) uint8 pixels)
 _Images = dict[int, tuple[float | None, np.ndarray]]
+
+# Codecs that mark frames which no other frame is predicted from. HEVC's mark holds within a temporal layer only.
+_MARKS_UNREFERENCED = ("h264", "mpeg4")
+
+
+_STORES_BOTH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,11 @@ def decode(
 ) -> Clip:
     """Decode the chosen frames on the CPU and move them to `device`."""
     try:
-        scan = _scan(path)
-        indices = choose(scan.num_frames, scan.fps)
-        wanted = sorted(set(indices))
-        images = _decode_seeking(path, scan, wanted, num_ffmpeg_threads) if scan.pts is not None else None
+        with _opened(path, num_ffmpeg_threads) as (container, stream):
+            scan = _scan(path, container, stream)
+            indices = choose(scan.num_frames, scan.fps)
+            wanted = sorted(set(indices))
+            images = None if scan.pts is None else _decode_seeking(container, stream, scan, wanted)
         if images is None:
             images = _decode_from_start(path, scan, wanted, num_ffmpeg_threads)
     except (av.FFmpegError, OSError) as error:
@@ -79,28 +87,29 @@ def decode(
     )
 
 
-def _scan(path: Path) -> _Scan:
+def _scan(path: Path, container: InputContainer, stream: VideoStream) -> _Scan:
     """Number the frames. The header's own count is not used: it is missing or wrong in many files."""
-    with _opened(path) as (container, stream):
-        # A packet marked "discard" lies outside the part that an edited file shows; an empty one ends the stream.
-        packets = [
-            (packet.pts, packet.duration or 0, packet.is_keyframe)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard
-        ]
-        header_rate, time_base = stream.average_rate, stream.time_base
-        has_reordering = bool(stream.codec_context.has_b_frames)
+    # A packet marked "discard" lies outside the part that an edited file shows; an empty one ends the stream.
+    packets = [
+        (packet.pts, packet.duration or 0, packet.is_keyframe, packet.pts == packet.dts)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard
+    ]
+    header_rate, time_base = stream.average_rate, stream.time_base
     if not packets:
         raise VideoError(path, "the video stream holds no frame")
-    in_file_order = [start for start, _, _ in packets if start is not None]
-    # Frames that are stored out of order and yet carry ascending times have made-up times (AVI).
-    are_made_up = has_reordering and in_file_order == sorted(in_file_order)
+    in_file_order = [start for start, *_ in packets if start is not None]
+    # Frames that may be stored out of order and yet carry ascending times may have made-up ones (AVI), unless the file
+    # stores for each when it is to be decoded and, later, to be shown.
+    has_both = container.format.name in _STORES_BOTH_TIMES and not all(at_once for *_, at_once in packets)
+    is_ascending = in_file_order == sorted(in_file_order)
+    are_made_up = bool(stream.codec_context.has_b_frames) and is_ascending and not has_both
     if time_base is None or len(set(in_file_order)) < len(packets) or are_made_up:
         return _Scan(_count_by_decoding(path), _known_rate(path, header_rate), pts=None, key_indices=[])
     pts = sorted(in_file_order)
-    end = max(start + duration for start, duration, _ in packets if start is not None)
+    end = max(start + duration for start, duration, *_ in packets if start is not None)
     rate = len(pts) / ((end - pts[0]) * time_base) if end > pts[0] else header_rate
-    keys = {start for start, _, is_keyframe in packets if is_keyframe}
+    keys = {start for start, _, is_keyframe, _ in packets if is_keyframe}
     key_indices = [index for index, value in enumerate(pts) if value in keys]
     return _Scan(len(pts), _known_rate(path, rate), pts, key_indices)
 
@@ -119,39 +128,55 @@ def _count_by_decoding(path: Path) -> int:
     return num_frames
 
 
-def _decode_seeking(path: Path, scan: _Scan, wanted: list[int], num_ffmpeg_threads: int) -> _Images | None:
-    """The wanted frames, skipping to a key frame where that saves work; None where a seek does not land there."""
+def _decode_seeking(container: InputContainer, stream: VideoStream, scan: _Scan, wanted: list[int]) -> _Images | None:
+    """The wanted frames of a file that may have been read already, skipping to a key frame where that saves work; None
+    where a seek does not land there."""
     assert scan.pts is not None
     images: _Images = {}
-    with _opened(path, num_ffmpeg_threads) as (container, stream):
-        frames: Iterator[VideoFrame] = container.decode(stream)
-        position = -1  # the last frame decoded
-        for index in wanted:
-            before = bisect.bisect_right(scan.key_indices, index) - 1
-            key = scan.key_indices[before] if before >= 0 else 0
-            if key > position + 1:
-                try:
-                    container.seek(scan.pts[key], stream=stream)
-                except av.FFmpegError:  # a file that cannot be sought in is read from its start
-                    return None
-                frames = container.decode(stream)
-            frame = next((frame for frame in frames if frame.pts is None or frame.pts >= scan.pts[index]), None)
-            if frame is None or frame.pts != scan.pts[index]:
+    reformatter = VideoReformatter()
+    times = {scan.pts[index] for index in wanted}
+    frames: Iterator[VideoFrame] = iter(())
+    position = -2  # the last frame decoded; nothing can be read on from here before the first seek
+    for index in wanted:
+        before = bisect.bisect_right(scan.key_indices, index) - 1
+        key = scan.key_indices[before] if before >= 0 else 0
+        if key > position + 1:
+            try:
+                container.seek(scan.pts[key], stream=stream)
+            except av.FFmpegError:  # a file that cannot be sought in is read from its start
                 return None
-            images[index] = (frame.time, _to_rgb(frame))
-            position = index
+            frames = _decode_sparsely(container, stream, times)
+        frame = next((frame for frame in frames if frame.pts is None or frame.pts >= scan.pts[index]), None)
+        if frame is None or frame.pts != scan.pts[index]:
+            return None
+        images[index] = (frame.time, _to_rgb(frame, reformatter))
+        position = index
     return images
+
+
+def _decode_sparsely(container: InputContainer, stream: VideoStream, times: set[int]) -> Iterator[VideoFrame]:
+    """After a seek: the frames shown at these times, each as if all were decoded, and some of the others. None at all
+    where the seek did not land on a key frame: there, some decoders give pictures of noise."""
+    context = stream.codec_context
+    can_skip = context.name in _MARKS_UNREFERENCED
+    for number, packet in enumerate(container.demux(stream)):
+        if number == 0 and not packet.is_keyframe:
+            return
+        if can_skip and packet.size:
+            context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
+        yield from stream.decode(packet)
 
 
 def _decode_from_start(path: Path, scan: _Scan, wanted: list[int], num_ffmpeg_threads: int) -> _Images:
     """The wanted frames by reading all of them; one that cannot be decoded is left out."""
     index_of = None if scan.pts is None else {pts: index for index, pts in enumerate(scan.pts)}
     images: _Images = {}
+    reformatter = VideoReformatter()
     with _opened(path, num_ffmpeg_threads) as (container, stream):
         for position, frame in enumerate(container.decode(stream)):
             index = position if index_of is None or frame.pts is None else index_of.get(frame.pts)
             if index in wanted:
-                images[index] = (frame.time, _to_rgb(frame))
+                images[index] = (frame.time, _to_rgb(frame, reformatter))
                 if len(images) == len(wanted):
                     break
     return images
@@ -168,10 +193,11 @@ def _opened(path: Path, num_ffmpeg_threads: int = 1) -> Iterator[tuple[InputCont
         yield container, stream
 
 
-def _to_rgb(frame: VideoFrame) -> np.ndarray:  # (H, W, 3) uint8
+def _to_rgb(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:  # (H, W, 3) uint8
     # Bicubic chroma and the frame's own colour matrix and range, as torchcodec converts; PyAV's defaults differ.
     # A destination matrix other than the source's is what makes PyAV honour the source's; RGB has no matrix.
-    rgb = frame.reformat(
+    rgb = reformatter.reformat(
+        frame,
         format="rgb24",
         interpolation=Interpolation.BICUBIC,
         dst_colorspace=Colorspace.DEFAULT,

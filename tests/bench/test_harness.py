@@ -58,8 +58,8 @@ def test_rows_of_every_kind(tmp_path: Path) -> None:
     harness.measure(group, "peer", absent, Benchmark(), 3)
     measured(group, "slow", lambda: {"x": torch.ones(3)})
     for _ in range(2):
-        harness.append_rows([group], harness.machine_info(), tmp_path / "rows.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        harness.append_rows([group], harness.machine_info(), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
     assert len(rows) == 10  # appended
     ours, wrong, large, peer, slow = rows[:5]
     assert [r["status"] for r in rows[:5]] == ["ok", "mismatch", "out of memory", "skipped", "ok"]

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.frame import PictureType
 
 from fastr1.schema import DataError
 from fastr1.video import (
@@ -146,6 +147,10 @@ def videos(tmp_path_factory):
     write_video(folder / "one_frame.mp4", num_frames=1)
     write_video(folder / "bt709.mp4", colorspace=1)
     write_video(folder / "full_range.mp4", color_range=2, pix_fmt="yuvj420p")
+    write_video(folder / "b_pyramid.mp4", b_frames=7, gop=1000)
+    write_video(folder / "mpeg4.mkv", codec="mpeg4")
+    write_video(folder / "mpeg2.mp4", codec="mpeg2video")
+    write_video(folder / "hevc.mp4", codec="libx265")
     copy_packets(folder / "plain.mp4", folder / "starts_late.mp4", shift_seconds=3.0)
     copy_packets(folder / "plain.mp4", folder / "trimmed.mp4", shift_seconds=-1.0)  # shows frames 10 to 39
     copy_packets(folder / "plain.mp4", folder / "no_first_key_frame.mp4", skip=5)
@@ -241,19 +246,64 @@ def test_threads_do_not_change_a_clip(videos, backend, num_ffmpeg_threads):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_pyav_seeks_to_the_frames_that_it_finds_by_reading_everything(videos):
-    path = videos / "plain.mp4"
-    scan = pyav_backend._scan(path)
-    assert len(scan.key_indices) > 3
+@pytest.mark.parametrize(
+    "name", ["plain.mp4", "one_key_frame.mp4", "b_pyramid.mp4", "mpeg4.mkv", "hevc.mp4", "mpeg2.mp4"]
+)
+def test_pyav_seeks_to_the_frames_that_it_finds_by_reading_everything(videos, name):
+    path = videos / name
     rng = np.random.default_rng(0)
     for count in (1, 2, 5):
         for _ in range(5):
             wanted = sorted(rng.choice(NUM_FRAMES, count, replace=False).tolist())
-            seeking = pyav_backend._decode_seeking(path, scan, wanted, 1)
+            with pyav_backend._opened(path) as (container, stream):
+                scan = pyav_backend._scan(path, container, stream)
+                seeking = pyav_backend._decode_seeking(container, stream, scan, wanted)
             reading = pyav_backend._decode_from_start(path, scan, wanted, 1)
             assert seeking is not None
             assert seeking.keys() == reading.keys() == set(wanted)
             assert all(np.array_equal(seeking[index][1], reading[index][1]) for index in wanted)
+
+
+@pytest.mark.parametrize(("codec", "share"), [("libx264", 0.7), ("mpeg4", 0.5), ("libx265", 1.0)])
+def test_pyav_leaves_out_the_frames_that_nothing_is_predicted_from(tmp_path, codec, share):
+    """Where the codec says which those are; HEVC says so for a part of the file only."""
+    path = tmp_path / "clip.mp4"
+    write_video(path, codec=codec, gop=1000)
+    with pyav_backend._opened(path) as (container, stream):
+        scan = pyav_backend._scan(path, container, stream)
+        container.seek(scan.pts[0], stream=stream)
+        decoded = [frame.pts for frame in pyav_backend._decode_sparsely(container, stream, {scan.pts[0], scan.pts[30]})]
+    assert {scan.pts[0], scan.pts[30]} <= set(decoded)
+    assert len(decoded) <= share * NUM_FRAMES
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_file_that_has_no_b_frames_but_might_is_not_read_twice(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"x264-params": "b-adapt=0:bframes=3"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(NUM_FRAMES):
+            frame = av.VideoFrame.from_ndarray(numbered_picture(number, WIDTH, HEIGHT), "rgb24")
+            frame.pict_type = PictureType.P
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    monkeypatch.setattr(pyav_backend, "_count_by_decoding", None)
+    monkeypatch.setattr(pyav_backend, "_decode_from_start", None)
+    clip = load_clip(path, num_frames=7, backend="pyav")
+    assert read_numbers(clip.frames) == list(clip.indices)
+
+
+def test_a_seek_that_lands_between_key_frames_is_not_decoded_from(tmp_path):
+    """A transport stream has no index, and MPEG-4 decodes from anywhere: to noise."""
+    path = tmp_path / "clip.ts"
+    write_video(path, codec="mpeg4", gop=1000, num_frames=60, width=320, height=240)
+    with pyav_backend._opened(path) as (container, stream):
+        scan = pyav_backend._scan(path, container, stream)
+        container.seek(scan.pts[0], stream=stream)
+        assert not next(container.demux(stream)).is_keyframe, "this file does not show the case"
+        assert pyav_backend._decode_seeking(container, stream, scan, [30, 50]) is None
+    assert read_numbers(load_clip(path, num_frames=4, backend="pyav").frames) == [0, 19, 39, 59]
 
 
 @pytest.mark.parametrize("name", ["made_up_times.avi", "no_times.h264", "stream.ts"])
@@ -275,7 +325,8 @@ def test_a_frame_before_the_first_key_frame_is_refused_and_a_later_one_is_right(
     path = videos / "no_first_key_frame.mp4"  # 35 frames, of which only the last 28 can be decoded
     with pytest.raises(VideoError):
         load_clip(path, num_frames=1, backend=backend)
-    scan = pyav_backend._scan(path)
+    with pyav_backend._opened(path) as (container, stream):
+        scan = pyav_backend._scan(path, container, stream)
     images = pyav_backend._decode_from_start(path, scan, [0, 20], num_ffmpeg_threads=1)
     assert images.keys() == {20}
     frame = torch.from_numpy(images[20][1].copy()).permute(2, 0, 1)[None]
@@ -380,13 +431,19 @@ def no_torchcodec(monkeypatch):
     decoders._backend_module.cache_clear()
 
 
-def test_auto_does_without_torchcodec_and_says_why_once(videos, no_torchcodec, caplog):
+def test_auto_does_without_torchcodec_on_a_gpu_and_says_why_once(no_torchcodec, caplog):
     with caplog.at_level(logging.WARNING):
-        clips = [load_clip(videos / "plain.mp4", num_frames=2) for _ in range(3)]
-    assert [clip.backend for clip in clips] == ["pyav"] * 3
+        modules = [decoders._backend_module("auto", "cuda") for _ in range(3)]
+    assert modules == [pyav_backend] * 3
     assert [record.getMessage().count("libavutil.so.59 not found") for record in caplog.records] == [1]
-    assert describe_backend().startswith("pyav")
-    assert describe_backend() == f"pyav {av.__version__}; no torchcodec: libavutil.so.59 not found"
+    assert describe_backend(device="cuda") == f"pyav {av.__version__}; no torchcodec: libavutil.so.59 not found"
+
+
+def test_auto_on_the_cpu_is_pyav_and_misses_nothing(videos, no_torchcodec, caplog):
+    with caplog.at_level(logging.WARNING):
+        clip = load_clip(videos / "plain.mp4", num_frames=2)
+    assert (clip.backend, caplog.records) == ("pyav", [])
+    assert describe_backend(device="cpu") == f"pyav {av.__version__}"
 
 
 def test_forced_torchcodec_that_cannot_be_loaded_is_an_error_with_remedies(videos, no_torchcodec):
@@ -417,10 +474,10 @@ OSError: libcudart.so.13: wrong ELF class"""
 
 
 @needs_torchcodec
-def test_torchcodec_is_preferred():
-    assert describe_backend().startswith("torchcodec")
-    assert describe_backend("pyav").startswith("pyav")
-    assert re.fullmatch(r"torchcodec \S+ \(FFmpeg \d+\)", describe_backend())
+def test_torchcodec_is_preferred_on_a_gpu():
+    assert re.fullmatch(r"torchcodec \S+ \(FFmpeg \d+\)", describe_backend(device="cuda"))
+    assert describe_backend("pyav", "cuda").startswith("pyav")
+    assert describe_backend("torchcodec", "cpu").startswith("torchcodec")
 
 
 BARE_PROCESS = """
