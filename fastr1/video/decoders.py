@@ -80,6 +80,10 @@ def describe_backend(backend: str = DataConfig.backend, device: str | torch.devi
     return module.describe()
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @functools.cache  # so that the reason for doing without torchcodec is logged once
 def _backend_module(backend: str, device_type: str) -> ModuleType:
     check_value("data.backend", backend)
