@@ -11,12 +11,16 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
 from fastr1 import __version__
 from fastr1.config import INSTRUCTION, ConfigError, Control, DataConfig, GRPOConfig, RunConfig, TrainConfig, load_config
+
+# An error before the ranks know of each other is mostly that of all: the first tells it, and is given time to.
+DUPLICATE_SECONDS = 5.0
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -29,13 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_errors(action: Callable[[], int]) -> int:
-    """Runs `action`; an error that fastr1 itself raised becomes one line on standard error and exit code 2."""
+    """Runs `action`; an error that fastr1 itself raised becomes one line on standard error and exit code 2. Of several
+    ranks that fail together one tells it; a launcher ends the others when the first has failed."""
     try:
         return action()
     except ValueError as error:
         is_ours = type(error).__module__.split(".")[0] in ("fastr1", "fastr1_kernels")
         if not is_ours or os.environ.get("FASTR1_DEBUG") == "1":
             raise
+        if type(error).__name__ == "PeerError":
+            return 2
+        if os.environ.get("RANK", "0") != "0" and not getattr(error, "is_on_every_rank", False):
+            time.sleep(DUPLICATE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -55,16 +64,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_config(config: TrainConfig) -> None:
     """Runs the task of a configuration in this process, with progress messages of the first rank."""
+    from fastr1.training.stop import StopRequest
+
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
-    if config.task == "sft":
-        from fastr1.training.sft import run_sft
+    stop = StopRequest(exits_at_once=True)
+    with stop.watching():  # also while the modules below are being loaded, which takes seconds
+        if config.task == "sft":
+            from fastr1.training.sft import run_sft
 
-        run_sft(config)
-    else:
-        from fastr1.training.grpo import run_grpo
+            run_sft(config, stop)
+        else:
+            from fastr1.training.grpo import run_grpo
 
-        run_grpo(config)
+            run_grpo(config, stop)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,16 +86,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastr1 {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = _add(commands, "train", _train, "train with GRPO in this process", "--config configs/grpo.json")
-    add_config_arguments(train)
-    sft = _add(
-        commands,
-        "sft",
-        _sft,
-        "supervised fine-tuning (cold start) in this process",
-        "--config configs/demo_coldstart.json",
-    )
-    add_config_arguments(sft)
+    train = _add(commands, "train", _train, "train with GRPO", "--config configs/grpo.json --num-processes 2")
+    sft = _add(commands, "sft", _sft, "supervised fine-tuning (cold start)", "--config configs/demo_coldstart.json")
+    for parser_ in (train, sft):
+        add_config_arguments(parser_)
+        parser_.add_argument(
+            "--num-processes",
+            type=_positive,
+            default=1,
+            metavar="N",
+            help="processes on this machine, one per GPU (default: %(default)s); batch sizes are per process",
+        )
     _add_eval(commands)
     _add_chat(commands)
     _add_demo(commands)
@@ -202,6 +216,11 @@ def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
     config = load_config(args.config, args.overrides)
     if config.task != task:
         raise ConfigError(f"{args.config}: task is {config.task!r}; run `fastr1 {other_command}`")
+    if args.num_processes > 1:
+        from fastr1.training.launch import run_processes
+
+        overrides = [word for override in args.overrides for word in ("--set", override)]
+        return run_processes(args.num_processes, ["--config", args.config, *overrides])
     run_config(config)
     return 0
 

@@ -54,6 +54,7 @@ def evaluate_checkpoint(
         max_completion_length=max_completion_length,
     )
     answers = evaluator.answer(load_model(model_path, device=device), control=control)
+    assert answers is not None
     summary = summarise_answers(answers)
     if output is not None:
         content = {"summary": summary, "answers": [asdict(answer) for answer in answers]}
@@ -88,11 +89,16 @@ class Evaluator:
 
     @torch.no_grad()
     def answer(
-        self, model: VideoLanguageModel, *, share: slice = slice(None), control: Control | None = None
-    ) -> list[Answer]:
+        self,
+        model: VideoLanguageModel,
+        *,
+        share: slice = slice(None),
+        control: Control | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[Answer] | None:
         """Answer a share of the questions. A video that cannot be decoded is an error: nothing is left out of the rate.
 
-        `control` is one of `CONTROLS`, or None.
+        `control` is one of `CONTROLS`, or None. Returns None once `is_cancelled`, asked before every batch, says so.
         """
         if control is not None and control not in CONTROLS:
             raise DataError(f"control is {control!r}; choose from {', '.join(CONTROLS)}, or None for the clip itself")
@@ -108,6 +114,9 @@ class Evaluator:
 
         with ClipPrefetcher(load, self._questions[share], num_threads=threads, depth=2 * self._batch_size) as clips:
             while batch := list(islice(clips, self._batch_size)):
+                if is_cancelled():
+                    model.train(was_training)
+                    return None
                 videos = [model.encode(pixels) for _, pixels in batch]
                 prompts = [prompt_ids.to(device) for (_, prompt_ids), _ in batch]
                 rollout = sample_completions(model, self._processor, prompts, videos, self._params)

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fastr1.training.agreement import agreement
+
 if TYPE_CHECKING:
     from fastr1.training.distributed import DistributedModel
 
@@ -52,38 +54,48 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     *,
     save_total_limit: int,
+    generators: dict[str, Any] | None = None,
 ) -> Path:
     """Write the state after update `step` and remove the oldest checkpoints beyond the limit. All ranks call it.
 
     Args:
         trainer_state: this rank's picklable state (the order of samples, …), given back by `load_checkpoint`.
         save_total_limit: complete checkpoints to keep, the new one included; 0 keeps all.
+        generators: what `random_state` returned at the end of that update; None: as they are now.
 
     Returns: the new checkpoint's folder, replaced if it existed.
+    Raises: what writing raises on any rank, on every rank; the checkpoints there were are kept.
     """
     if save_total_limit < 0:
         raise CheckpointError(f"run.save_total_limit is {save_total_limit}; use 0 to keep all or a positive number")
     root = Path(output_dir) / "checkpoints"
     final = root / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
-    if distributed.rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        partial.mkdir()
-    distributed.barrier()
-    distributed.save(partial, DEEPSPEED_TAG)
-    torch.save({"rng": _rng_state(distributed), "trainer": trainer_state}, partial / _rank_file(distributed.rank))
-    distributed.barrier()
-    if distributed.rank == 0:
-        _write_manifest(distributed, partial, step)
-        if final.exists():
-            final.rename(final.with_suffix(".removed"))
-        partial.rename(final)
-        if save_total_limit:
-            for old in _complete_checkpoints(root)[:-save_total_limit]:
-                old.rename(old.with_suffix(".removed"))
-        _remove_leftovers(root)
-    distributed.barrier()
+    if generators is None:
+        generators = random_state(distributed)
+    try:
+        with agreement(distributed):
+            if distributed.rank == 0:
+                root.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(root)
+                partial.mkdir()
+        distributed.save(partial, DEEPSPEED_TAG)
+        with agreement(distributed), open(partial / _rank_file(distributed.rank), "wb") as file:
+            torch.save({"rng": generators, "trainer": trainer_state}, file)
+        with agreement(distributed):
+            if distributed.rank == 0:
+                _write_manifest(distributed, partial, step)
+                if final.exists():
+                    final.rename(final.with_suffix(".removed"))
+                partial.rename(final)
+                if save_total_limit:
+                    for old in _complete_checkpoints(root)[:-save_total_limit]:
+                        old.rename(old.with_suffix(".removed"))
+                _remove_leftovers(root)
+    except Exception:
+        if distributed.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is needed
+        raise
     return final
 
 
@@ -194,7 +206,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _rng_state(distributed: DistributedModel) -> dict[str, Any]:
+def random_state(distributed: DistributedModel) -> dict[str, Any]:
+    """The states of all random generators of this process."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -34,6 +34,8 @@ from torch import nn
 from transformers.optimization import get_scheduler
 
 from fastr1.config import OptimConfig, check_deepspeed, check_value, without_auto
+from fastr1.training.agreement import agreement, collected_write_errors, on_every_rank
+from fastr1.training.launch import STORE_FD
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
@@ -58,7 +60,8 @@ class DistributedModel:
         dtype: torch.float32, or torch.bfloat16 with fp32 master weights (ZeRO stages 1 to 3).
         num_updates: optimizer steps of the whole run, the length of the schedule.
 
-    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself).
+    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself), is_updating (inside an
+    update, or after one that failed half-way).
     Raises: DistributedError without a trainable parameter; what `build_deepspeed_config` raises.
     """
 
@@ -87,6 +90,7 @@ class DistributedModel:
         self._num_micro_steps = 0
         self._gather_depth = 0
         self._stage_0_norm = math.nan
+        self.is_updating = False
 
         optimizer = torch.optim.AdamW(
             trainable,
@@ -122,9 +126,11 @@ class DistributedModel:
         if self._num_micro_steps == 0:
             raise DistributedError("step() was called after 0 micro-steps; call backward(loss) first")
         self._num_micro_steps = 0
+        self.is_updating = True
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() if self.zero_stage > 0 else self._stage_0_norm)
         self._require_finite(norm)
+        self.is_updating = False
         return norm
 
     def _clip_at_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -136,10 +142,12 @@ class DistributedModel:
 
     def _require_finite(self, norm: float) -> None:
         if not math.isfinite(norm):
-            raise NonFiniteGradientError(
+            self.is_updating = False
+            error = NonFiniteGradientError(
                 f"the gradient norm is {norm} and the update was not applied; resume from the last checkpoint "
                 "with a lower optim.learning_rate, or look for a non-finite reward or log-probability in this batch"
             )
+            raise on_every_rank(error)  # the norm is that of all ranks
 
     @property
     def learning_rate(self) -> float:
@@ -207,8 +215,15 @@ class DistributedModel:
         dist.barrier()
 
     def save(self, directory: Path, tag: str) -> None:
-        """Write model, optimizer and schedule to `directory/tag`. All ranks call it. See `checkpoint.py`."""
-        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        """Write model, optimizer and schedule to `directory/tag`. All ranks call it. See `checkpoint.py`.
+
+        Raises: what writing raises on any rank, on all of them.
+        """
+        with collected_write_errors(self._engine) as errors:
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        with agreement(self):
+            if errors:
+                raise errors[0]
 
     def load(self, directory: Path, tag: str) -> None:
         """Restore what `save` wrote, into a model that has not trained yet. All ranks call it."""
@@ -247,8 +262,12 @@ def init_process_group() -> bool:
     backend = get_accelerator().communication_backend_name()
     if created and _is_launched():
         device = _local_device()
-        bind = device if device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1 else None
-        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        bind = device if device.type == "cuda" and world_size > 1 else None
+        place: dict[str, Any] = {}
+        if os.environ.get(STORE_FD):
+            place = {"store": _launcher_store(rank, world_size), "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind, **place)
     elif created:
         # An in-memory store needs no port, so single-process runs never collide.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PROCESS_GROUP_TIMEOUT)
@@ -256,6 +275,13 @@ def init_process_group() -> bool:
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return created
+
+
+def _launcher_store(rank: int, world_size: int) -> dist.Store:
+    """The store of `launch.py`, which has opened its port."""
+    fd = int(os.environ[STORE_FD]) if rank == 0 else None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, world_size, rank == 0, PROCESS_GROUP_TIMEOUT, master_listen_fd=fd)
 
 
 def _quieten_deepspeed() -> None:
@@ -271,6 +297,11 @@ def _local_device() -> torch.device:
     if get_accelerator().device_name() != "cuda":
         return torch.device(get_accelerator().device_name())
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.index >= torch.cuda.device_count():
+        raise DistributedError(
+            f"process {device.index + 1} of this machine has no GPU, {torch.cuda.device_count()} can be used; start "
+            "one process per GPU (--num-processes, --num_gpus)"
+        )
     torch.cuda.set_device(device)
     return device
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol
@@ -21,20 +24,32 @@ from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
 from fastr1.models import VideoLanguageModel, load_model, load_processor
-from fastr1.reporting.run_log import METRICS_FILE, RunLogger
+from fastr1.reporting.run_log import RunLogger
 from fastr1.reporting.statistics import Metrics, mean_metrics
 from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
-from fastr1.schema import DataError, S, Update
-from fastr1.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastr1.schema import S, Update
+from fastr1.training.agreement import agreement, is_on_every_rank
+from fastr1.training.checkpoint import LAST, CheckpointError, find_last_checkpoint, load_checkpoint
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
-from fastr1.training.stop import StopRequest
+from fastr1.training.keeper import Keeper
+from fastr1.training.run_folder import refuse_used_folder
+from fastr1.training.stop import RESUME, StopRequest, process_id
 from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
 
 logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 Step = Callable[[Update[S]], tuple[Metrics, Rows]]  # the metrics hold "num_tokens", the rows are for rollouts.jsonl
+
+
+@dataclass
+class OpenUpdate:
+    """An update that was applied but neither evaluated nor logged yet. A checkpoint may hold it."""
+
+    step: int
+    metrics: Metrics
+    rows: Rows
 
 
 class SampleLoader(Protocol[S]):
@@ -46,15 +61,18 @@ class SampleLoader(Protocol[S]):
 class TrainingRun(Generic[S]):
     """Model, processor and samples of a run. Use as a context manager: leaving it releases DeepSpeed.
 
+    Args:
+        stop: what listens for signals already, if anything does; else `train` listens while it runs.
+
     Attributes: config, model, processor, distributed, samples, order, ledger, timer, samples_per_rank (per update).
     """
 
-    def __init__(self, config: TrainConfig, load_samples: SampleLoader[S]) -> None:
+    def __init__(self, config: TrainConfig, load_samples: SampleLoader[S], stop: StopRequest | None = None) -> None:
         data, optim = config.data, config.optim
         self.config = config
         self.output_dir = Path(config.run.output_dir)
         if config.run.resume_from_checkpoint is None:
-            _refuse_used_folder(self.output_dir)
+            refuse_used_folder(self.output_dir)
         policy, bound = data.policy, data.max_bad_fraction
         loaded = load_samples(data.train_file, data.video_root, policy=policy, max_bad_fraction=bound)
         self.samples: list[S] = loaded.samples
@@ -77,56 +95,111 @@ class TrainingRun(Generic[S]):
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
+        self.stop = stop or StopRequest()
+        self._open: OpenUpdate | None = None
+        self._unlogged: list[Metrics] = []
 
     def __enter__(self) -> TrainingRun[S]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         # After an error on one of several ranks the others wait elsewhere: waiting for them here would hang.
-        if kind is None or self.distributed.world_size == 1:
+        if error is None or self.distributed.world_size == 1 or is_on_every_rank(error):
             self.distributed.close()
 
     def train(self, step: Step[S]) -> Path:
-        """Every remaining update; returns the folder of the exported model, or the checkpoint if asked to stop."""
-        run, stop = self.config.run, StopRequest()
-        start = self._resume()
+        """Every remaining update; returns the folder of the exported model, or the checkpoint if asked to stop.
+
+        Raises: what goes wrong, after saving the last finished update where that can be done; the message names it.
+        """
+        with self.stop.watching():
+            start, saved = self._resume()
+            keeper = Keeper(self.distributed, self.config.run, self.stop, self._state, step=start, saved=saved)
+            log = None
+            try:
+                log = self._start_log(start)
+                checkpoint = self._train(step, log, keeper)
+                if checkpoint is not None:
+                    return checkpoint
+                self.stop.answer = "all updates are done; writing the model"
+                export_model(self.distributed, self.model, self.processor, self.output_dir / "final")
+                return self.output_dir / "final"
+            except Exception as error:
+                raised = keeper.rescue(error)
+                raise raised from (error.__cause__ if raised is error else error)
+            finally:
+                if log is not None:
+                    log.close()
+
+    def _start_log(self, start: int) -> RunLogger:
         is_main = self.distributed.rank == 0
-        if is_main:
-            save_config(self.config, self.output_dir / "config.json")
         decoder = describe_backend(self.config.data.backend)
         where = f"{self.distributed.device}, {str(self.model.dtype).removeprefix('torch.')}"
         logger.info("%d samples, %d updates on %s; videos: %s", len(self.samples), len(self.order), where, decoder)
-        log = RunLogger(self.output_dir, run.report_to, len(self.order), is_main, start_step=start)
-        unlogged: list[Metrics] = []
-        with stop.handling_signals():
-            for update in self._updates():
-                metrics, rows = step(update)
-                is_last = update.step == len(self.order)
-                if run.eval_steps and update.step % run.eval_steps == 0:
-                    metrics.update(self.evaluate())
-                unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
-                is_stopping = stop.agreed(self.distributed)
-                if update.step % run.logging_steps == 0 or is_last or is_stopping:
-                    log.log(update.step, mean_metrics(unlogged))
-                    unlogged.clear()
-                log.log_rollouts(update.step, rows)
-                if is_stopping or (run.save_steps and update.step % run.save_steps == 0):
-                    checkpoint = self._save(update.step)
-                if is_stopping and not is_last:
-                    log.close()
-                    logger.warning("stopped; go on with run.resume_from_checkpoint=%s", checkpoint)
-                    return checkpoint
-        log.close()
-        export_model(self.distributed, self.model, self.processor, self.output_dir / "final")
-        return self.output_dir / "final"
+        with agreement(self.distributed):
+            if is_main:
+                save_config(self.config, self.output_dir / "config.json")
+            log = RunLogger(self.output_dir, self.config.run.report_to, len(self.order), is_main, start_step=start)
+        return log
 
-    def evaluate(self) -> Metrics:
-        """Greedy accuracy on the held-out questions, shared among the ranks."""
+    def _train(self, step: Step[S], log: RunLogger, keeper: Keeper) -> Path | None:
+        """Every remaining update; returns the checkpoint if asked to stop before the last."""
+        if launched_world_size() > 1:
+            hosts = self.distributed.gather_objects((socket.gethostname(), self.distributed.rank, process_id()))
+            self.stop.watch_peers([(rank, process) for host, rank, process in hosts if host == socket.gethostname()])
+        self.distributed.barrier()
+        self.stop.exits_at_once = False  # from here on ranks wait for each other
+        if self._open is not None and (checkpoint := self._conclude(log, keeper)):
+            return checkpoint
+        for update in self._updates():
+            metrics, rows = step(update)
+            self._open = OpenUpdate(update.step, metrics, rows)
+            keeper.finished(update.step)
+            if checkpoint := self._conclude(log, keeper):
+                return checkpoint
+        return None
+
+    def _conclude(self, log: RunLogger, keeper: Keeper) -> Path | None:
+        """Evaluate, log and save after an update as they are due; returns the checkpoint if asked to stop here."""
+        run, update = self.config.run, self._open
+        assert update is not None
+        is_last = update.step == len(self.order)
+        rates: Metrics | None = {}
+        if run.eval_steps and update.step % run.eval_steps == 0:
+            rates = self.evaluate()
+        votes = self.distributed.sum_across_ranks(torch.tensor([float(bool(self.stop)), float(keeper.is_due())]))
+        is_stopping, is_due = votes[0].item() > 0, votes.sum().item() > 0
+        if rates is not None:
+            metrics = {**update.metrics, **rates}
+            self._unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
+            with agreement(self.distributed):
+                if update.step % run.logging_steps == 0 or is_last or is_stopping:
+                    log.log(update.step, mean_metrics(self._unlogged))
+                    self._unlogged.clear()
+                log.log_rollouts(update.step, update.rows)
+            self._open = None
+            keeper.finished(update.step)
+        if is_due:
+            with self.timer.phase("checkpoint"):
+                checkpoint = keeper.save()
+        if is_stopping and (rates is None or not is_last):
+            if self.distributed.rank == 0:
+                logger.warning("stopped after update %d of %d: %s", update.step, len(self.order), RESUME)
+            return checkpoint
+        return None
+
+    def evaluate(self) -> Metrics | None:
+        """Greedy accuracy on the held-out questions, shared among the ranks; None where a stop was asked for
+        meanwhile, on any rank."""
         assert self._evaluator is not None
         ranks = self.distributed
-        with self.timer.phase("evaluation"), ranks.gathered_parameters():
-            mine = self._evaluator.answer(self.model, share=slice(ranks.rank, None, ranks.world_size))
-        answers = [answer for answers in ranks.gather_objects(mine) for answer in answers]
+        with self.timer.phase("evaluation"), ranks.gathered_parameters(), agreement(ranks):
+            share = slice(ranks.rank, None, ranks.world_size)
+            mine = self._evaluator.answer(self.model, share=share, is_cancelled=lambda: bool(self.stop))
+        everyone = ranks.gather_objects(mine)
+        if None in everyone:
+            return None
+        answers = [answer for answers in everyone for answer in answers]
         return {f"eval/{name}": value for name, value in summarise_answers(answers).items()}
 
     def encode(self, pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -190,7 +263,7 @@ class TrainingRun(Generic[S]):
         num_threads, depth = self.config.data.num_decode_threads, 2 * self.samples_per_rank
         with ClipPrefetcher(self._load, self._places(), num_threads=num_threads, depth=depth) as clips:
             for update in range(self.order.next_update, len(self.order)):
-                with self.timer.phase("decode_wait"):
+                with self.timer.phase("decode_wait"), agreement(self.distributed):
                     loaded = list(itertools.islice(clips, self.samples_per_rank))
                 assert len(loaded) == self.samples_per_rank
                 self.order.next_update = update + 1
@@ -202,35 +275,39 @@ class TrainingRun(Generic[S]):
         """Position in the data, bad samples of all ranks, seconds, tokens per second of training, memory."""
         seconds = self.timer.pop_seconds()
         aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
+        # none for an update that was done before a resume
         training_seconds = sum(value for name, value in seconds.items() if name not in aside)
         bad_samples = self.distributed.sum_across_ranks(torch.tensor(float(self.ledger.num_bad_samples)))
         return {
             "epoch": self.order.epoch(step),
             "bad_samples": bad_samples.item(),
             **seconds,
-            "tokens_per_second": num_tokens / training_seconds,
+            "tokens_per_second": num_tokens / training_seconds
+            if training_seconds
+            else math.nan,  # done before a resume
             "peak_memory_bytes": float(peak_memory_bytes(self.distributed.device)),
         }
 
-    def _resume(self) -> int:
-        """Updates already done: restores everything from the checkpoint named in the configuration, if any."""
+    def _resume(self) -> tuple[int, Path | None]:
+        """Restores everything from the checkpoint named in the configuration, if any: updates done, and its folder."""
         checkpoint = self.config.run.resume_from_checkpoint
         if checkpoint is None:
-            return 0
-        step, state = load_checkpoint(self.distributed, checkpoint, self.output_dir)
+            return 0, None
+        folder = find_last_checkpoint(self.output_dir) if checkpoint == LAST else Path(checkpoint)
+        step, state = load_checkpoint(self.distributed, folder, self.output_dir)
         if "order" not in state:
             raise CheckpointError(
                 f"checkpoint {checkpoint} has no order of samples: it was written by another version of fastr1; resume "
                 "it there, or start a new run from an exported model (model.path)"
             )
         self.order.load_state_dict(state["order"])
-        logger.info("resumed from %s at update %d", checkpoint, step)
-        return step
+        self._open = state.get("open")
+        logger.info("resumed from %s at update %d", folder, step)
+        return step, folder
 
-    def _save(self, step: int) -> Path:
-        state, limit = {"order": self.order.state_dict()}, self.config.run.save_total_limit
-        with self.timer.phase("checkpoint"):
-            return save_checkpoint(self.distributed, self.output_dir, step, state, save_total_limit=limit)
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model."""
+        return {"order": self.order.state_dict(), "open": self._open}
 
 
 def load_policy(config: TrainConfig) -> VideoLanguageModel:
@@ -241,13 +318,3 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def _refuse_used_folder(folder: Path) -> None:
-    """A new run would mix its log and checkpoints with those of the run before it."""
-    for name in (METRICS_FILE, "checkpoints", "final"):
-        if (folder / name).exists():
-            raise DataError(
-                f"{folder} holds an earlier run ({name}): choose another run.output_dir, delete that folder, or go on "
-                "with run.resume_from_checkpoint=last"
-            )

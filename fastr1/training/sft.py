@@ -15,19 +15,21 @@ from fastr1.config import TrainConfig
 from fastr1.data.conversations import load_conversations
 from fastr1.reporting.statistics import Metrics, TokenSums
 from fastr1.schema import DataError, SftSample, Update
+from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun
+from fastr1.training.stop import StopRequest
 from fastr1_kernels import selective_log_softmax
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # prompt and answer ids
 
 
-def run_sft(config: TrainConfig) -> Path:
+def run_sft(config: TrainConfig, stop: StopRequest | None = None) -> Path:
     """Fine-tune `config.model.path` on the answers of `config.data.train_file` and write the run folder.
 
-    `config.data.instruction` is not used: the questions of these files carry theirs.
+    `config.data.instruction` is not used: the questions of these files carry theirs. `stop` listens already.
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[SftSample](config, load_conversations) as run:
+    with TrainingRun[SftSample](config, load_conversations, stop) as run:
         return run.train(SftTrainer(run).step)
 
 
@@ -55,11 +57,13 @@ class SftTrainer:
         distributed, timer = self.distributed, self.run.timer
         with timer.phase("vision"), distributed.gathered_parameters():
             videos = self.run.encode(update.pixels)
-        pairs, is_tokenized = self._examples_of(update)
+        with agreement(distributed):
+            pairs, is_tokenized = self._examples_of(update)
         is_valid = update.is_valid & is_tokenized
         num_samples = distributed.sum_across_ranks(is_valid.sum().double()).item()
         if num_samples == 0:
-            raise DataError(f'update {update.step}: no sample can be used; set data.policy to "error" to see why')
+            error = DataError(f'update {update.step}: no sample can be used; set data.policy to "error" to see why')
+            raise on_every_rank(error)
         is_valid = is_valid.to(distributed.device)
         sums = TokenSums()
         with timer.phase("train"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ ROOT = TOYS.parents[1]
 def vowel_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
     """Share of vowels: varies among the completions of a random model, which never gets a format right."""
     return [sum(c in "aeiou" for c in text.lower()) / max(len(text), 1) for text in completions]
+
+
+def slow_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
+    """The same after as many seconds as the environment says: an update that takes long."""
+    time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+    return vowel_reward(completions, solutions, samples)
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:

@@ -176,13 +176,13 @@ def test_a_crash_while_saving_leaves_the_previous_checkpoint_last(
         if moment == "engine":
             patch.setattr(DistributedModel, "save", crash)
         elif moment == "rank file":
-            patch.setattr("fastr1.training.checkpoint._rng_state", crash)
+            patch.setattr("fastr1.training.checkpoint.random_state", crash)
         else:
             patch.setattr(Path, "write_text", crash)
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(engine, output_dir, 8, {}, save_total_limit=1)
     assert find_last_checkpoint(output_dir) == saved
-    assert (saved.parent / "step-000008.partial").is_dir()
+    assert not list(saved.parent.glob("step-000008*"))  # the room it takes may be needed
 
     newest = save_checkpoint(engine, output_dir, 8, {}, save_total_limit=1)
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -172,8 +173,9 @@ def test_checkpoint_without_the_order_of_samples_is_refused(world: Path, tmp_pat
     train(world, tmp_path, optim__max_steps=1, run__save_steps=1)
     (file,) = (tmp_path / "checkpoints" / "step-000001").glob("rank-*.pt")
     size, state = file.stat().st_size, torch.load(file, weights_only=False)
-    state["trainer"] = {"xxxxx": state["trainer"]["order"]}  # a key as long as the old one keeps the size
-    torch.save(state, file)
+    state["trainer"]["xxxxx"] = state["trainer"].pop("order")  # a key as long as the old one keeps the size
+    with open(file, "wb") as stream:
+        torch.save(state, stream)
     assert file.stat().st_size == size
     with pytest.raises(CheckpointError, match="written by another version"):
         train(world, tmp_path, optim__max_steps=2, run__resume_from_checkpoint="last")
@@ -249,7 +251,8 @@ def test_prompt_that_would_be_cut_stops_the_run_before_its_first_update(world: P
 
 def test_new_run_refuses_a_folder_with_an_earlier_one(world: Path, plain: Path) -> None:
     before = (plain / "metrics.jsonl").read_bytes()
-    with pytest.raises(DataError, match=r"holds an earlier run \(metrics\.jsonl\).*resume_from_checkpoint=last"):
+    typed = re.escape(f"--set run.output_dir={plain}-2")
+    with pytest.raises(DataError, match=rf"holds an earlier run \(metrics\.jsonl, .*final\): add {typed} to the command"):
         train(world, plain, run__seed=7)
     assert (plain / "metrics.jsonl").read_bytes() == before
 
