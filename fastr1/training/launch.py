@@ -80,8 +80,10 @@ class _Processes:
         if failed is None:
             return 0
         rank, code = failed
-        if self._signals and code == -signal.SIGTERM:  # before it could listen
-            logger.warning("stopped before the first update; start again with the same command")
+        unheard = [i for i, process in enumerate(self._ranks) if process.returncode == -signal.SIGTERM]
+        if self._signals and rank in unheard:  # before it could listen
+            if 0 in unheard:
+                logger.warning("stopped before the first update; start again with the same command")
             return 0
         if code < 0:
             name = signal.Signals(-code).name

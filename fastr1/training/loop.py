@@ -95,7 +95,7 @@ class TrainingRun(Generic[S]):
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
-        self.stop = stop or StopRequest()
+        self.stop = StopRequest() if stop is None else stop
         self._open: OpenUpdate | None = None
         self._unlogged: list[Metrics] = []
 
