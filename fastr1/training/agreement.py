@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
 
@@ -72,7 +73,7 @@ def collected_write_errors(engine: Any) -> Iterator[list[Exception]]:
         return attempt
 
     def save_to_file(state_dict: Any, path: str) -> None:
-        with open(path, "wb") as file:  # torch, given a path, hides the reason: no space left, quota exceeded
+        with opened_for_torch(path) as file:
             save(state_dict, file)
 
     is_torch = type(writer).__name__ == "TorchCheckpointEngine"
@@ -81,3 +82,19 @@ def collected_write_errors(engine: Any) -> Iterator[list[Exception]]:
         yield errors
     finally:
         del writer.save, engine._copy_recovery_script
+
+
+@contextmanager
+def opened_for_torch(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file for `torch.save`, which hides why it could not write: no space left, quota exceeded.
+
+    Raises: OSError with the reason and the path.
+    """
+    try:
+        with open(path, "wb") as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
+        raise

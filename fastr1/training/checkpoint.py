@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastr1.training.agreement import agreement
+from fastr1.training.agreement import agreement, opened_for_torch
 
 if TYPE_CHECKING:
     from fastr1.training.distributed import DistributedModel
@@ -80,7 +80,7 @@ def save_checkpoint(
                 _remove_leftovers(root)
                 partial.mkdir()
         distributed.save(partial, DEEPSPEED_TAG)
-        with agreement(distributed), open(partial / _rank_file(distributed.rank), "wb") as file:
+        with agreement(distributed), opened_for_torch(partial / _rank_file(distributed.rank)) as file:
             torch.save({"rng": generators, "trainer": trainer_state}, file)
         with agreement(distributed):
             if distributed.rank == 0:

@@ -64,7 +64,8 @@ class _Processes:
                 self._send(signal.SIGKILL)
             failed = [(i, rank.returncode) for i, rank in enumerate(self._ranks) if rank.returncode]
             if failed and first_failed is None:
-                first_failed, self._failed_at = failed[0], time.monotonic()
+                # Of two at once, an error may be what the other's signal led to.
+                first_failed, self._failed_at = min(failed, key=lambda pair: pair[1]), time.monotonic()
                 if first_failed[1] > 0:
                     self._send(signal.SIGTERM)  # ends those that have not begun, and would tell the same
             if first_failed and time.monotonic() > self._failed_at + DEAD_RANK_SECONDS + 5:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ def slow_reward(completions: list[str], solutions: list[str], samples: list[Samp
     """The same after as many seconds as the environment says: an update that takes long."""
     time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
     return vowel_reward(completions, solutions, samples)
+
+
+BEFORE_SCORING: list[Callable[[int], None]] = []  # called with the number of the update, from 1
+
+
+def hooked_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
+    """The same after calling the hooks, with which a test fails an update, or asks for a stop in it."""
+    if len(completions) > 1:  # not one by one, as after an error
+        hooked_reward.update += 1
+    for hook in BEFORE_SCORING:
+        hook(hooked_reward.update)
+    return vowel_reward(completions, solutions, samples)
+
+
+hooked_reward.update = 0
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:
