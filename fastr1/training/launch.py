@@ -56,7 +56,7 @@ class _Processes:
     def wait(self) -> int:
         """Until all have ended."""
         first_failed: tuple[int, int] | None = None
-        while any(rank.poll() is None for rank in self._ranks):
+        while None in [rank.poll() for rank in self._ranks]:  # all are asked, not only the first that runs
             if self._signals and not self._is_passed_on:
                 self._is_passed_on = True
                 self._send(signal.SIGTERM)

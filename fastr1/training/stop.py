@@ -94,9 +94,10 @@ class StopRequest:
         self._peers = list(processes)
 
     def leave(self, message: str, code: int) -> NoReturn:
-        """End this process now, whatever its other threads wait for. The lowest rank there is tells why."""
-        others = [rank for rank, process in self._peers if _is_running(process)] if self._peers else [0]
-        if self._rank <= min(others, default=0):
+        """End this process now, whatever its other threads wait for. The first rank tells why or, of those that a dead
+        one leaves behind, the lowest."""
+        left = [rank for rank, process in self._peers if code and _is_running(process)]
+        if self._rank == min(left, default=0):
             logger.warning("%s", message)
         for child in multiprocessing.active_children():
             child.kill()
