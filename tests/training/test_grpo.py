@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_toys import run_on_two_ranks
+from rescue_toys import fail_on_one_rank
 from torch.testing import assert_close
 from trainer_toys import (
     ROOT,
@@ -33,9 +34,10 @@ from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.reporting.run_log import read_rows
 from fastr1.reporting.statistics import mean_metrics
 from fastr1.schema import DataError, Sample, Update
-from fastr1.training.checkpoint import CheckpointError
+from fastr1.training.checkpoint import CheckpointError, find_last_checkpoint
 from fastr1.training.grpo import GRPOTrainer, run_grpo
 from fastr1.training.loop import TrainingRun
+from fastr1.training.stop import RESUME
 from fastr1_kernels import LOSSES
 
 ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -105,16 +107,41 @@ def _train_in_two_processes(rank: int, folder: Path) -> None:
     evaluation = {"run__eval_steps": 2, "data__eval_file": questions}
     for name, stage in (("one", {"zero_optimization": {"stage": 1}}), ("three", ZERO_3)):
         run_grpo(make_config(folder / "world", folder / name, deepspeed=stage, **halves, **evaluation))
+    fail_on_one_rank(rank, folder)
 
 
-def test_two_processes_equal_one(world: Path, plain: Path, tmp_path: Path) -> None:
-    shutil.copytree(world, tmp_path / "world")
-    run_on_two_ranks(_train_in_two_processes, tmp_path)
+@pytest.fixture(scope="module")
+def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs in two processes; starting them is what takes long."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(world, folder / "world")
+    run_on_two_ranks(_train_in_two_processes, folder)
+    return folder
+
+
+def test_two_processes_equal_one(two_processes: Path, plain: Path) -> None:
     for name in ("one", "three"):
-        assert_same(exported(tmp_path / name / "final"), exported(plain / "final"))
-        for row, expected in zip(metrics_of(tmp_path / name), metrics_of(plain), strict=True):
+        assert_same(exported(two_processes / name / "final"), exported(plain / "final"))
+        for row, expected in zip(metrics_of(two_processes / name), metrics_of(plain), strict=True):
             assert {key: row[key] for key in expected} == pytest.approx(expected, abs=2e-5)
-        assert metrics_of(tmp_path / name)[1]["eval/num_questions"] == 6
+        assert metrics_of(two_processes / name)[1]["eval/num_questions"] == 6
+
+
+def test_error_on_one_of_two_ranks_hangs_and_loses_nothing(two_processes: Path) -> None:
+    folder = two_processes
+    told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
+    assert [told[rank][name][0] for name in ("whole", "reward resumed") for rank in range(2)] == [""] * 4
+    for name, error in (("reward", "RewardError"), ("disk", "DiskError"), ("evaluation", "VideoError")):
+        (kind, text), (own_kind, own_text) = told[0][name], told[1][name]
+        last = folder / name / "checkpoints" / "step-000002"
+        assert (kind, own_kind) == ("PeerError", error)
+        assert text.startswith("rank 1 failed: ")
+        assert f"{last}: {RESUME}" in own_text
+        assert ("could not be saved (writing it failed)" in own_text) == (name == "disk")
+        assert sorted(path.name for path in last.parent.iterdir()) == [last.name]
+        assert find_last_checkpoint(folder / name).parent == last.parent
+    assert_same(exported(folder / "reward" / "final"), exported(folder / "whole" / "final"), tolerance=0)
+    assert metrics_of(folder / "reward") == metrics_of(folder / "whole")
 
 
 @pytest.mark.parametrize("zero", [{"zero_optimization": {"stage": s}} for s in (0, 2)] + [ZERO_3], ids=["0", "2", "3"])

@@ -25,7 +25,7 @@ from pathlib import Path
 from fastr1.training import launch
 logging.basicConfig(format="%(message)s")
 launch.SCRIPT = Path(sys.argv[1])
-launch.DEAD_RANK_SECONDS = -4.5
+launch.DEAD_RANK_SECONDS, launch.SAME_CTRL_C_SECONDS = -4.5, 0.5
 sys.exit(launch.run_processes(2, sys.argv[2:]))
 """
 # What a rank does: BEGIN of the test, then a loop that ends when asked to.
@@ -94,7 +94,7 @@ class Run:
         return sorted(path.name for path in self.folder.glob("saved *"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_one_signal_to_the_parent_reaches_all(tmp_path: Path, number: signal.Signals) -> None:
     run = Run(tmp_path, WAIT)
     run.parent.send_signal(number)
@@ -104,19 +104,17 @@ def test_one_signal_to_the_parent_reaches_all(tmp_path: Path, number: signal.Sig
 
 def test_a_signal_is_heard_while_the_main_thread_is_inside_another_library(tmp_path: Path) -> None:
     """A lock held for ever stands for a collective operation that waits."""
-    run = Run(tmp_path, "import _thread; lock = _thread.allocate_lock(); lock.acquire(); lock.acquire(timeout=1.5)")
+    run = Run(tmp_path, "import _thread; lock = _thread.allocate_lock(); lock.acquire(); lock.acquire(timeout=0.6)")
     run.parent.send_signal(signal.SIGTERM)
-    time.sleep(0.4)
-    assert run.parent.poll() is None
     assert run.end() == (0, ["SIGTERM received: finishing this update, then saving"])
 
 
 def test_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path, "time.sleep(60)")
     run.parent.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    time.sleep(0.1)
     run.parent.send_signal(signal.SIGINT)  # the same, passed on by something
-    time.sleep(1.2)
+    time.sleep(0.6)
     assert run.parent.poll() is None
     run.parent.send_signal(signal.SIGINT)
     code, lines = run.end()

@@ -67,7 +67,11 @@ def assert_goes_on_like(whole: Path, world: Path, output: Path, **changes: Any) 
     # a bad video counts when it is met ahead of its update, which the uninterrupted run had none of
     actual_rows, expected_rows = ([{**row, "bad_samples": 0} for row in metrics_of(run)] for run in (output, whole))
     assert actual_rows == expected_rows
-    assert read_rows(output / "rollouts.jsonl") == read_rows(whole / "rollouts.jsonl")
+    actual_rows, expected_rows = (
+        [{**row, "video": Path(row["video"]).name} for row in read_rows(run / "rollouts.jsonl")]
+        for run in (output, whole)
+    )
+    assert actual_rows == expected_rows
 
 
 def assert_saved_and_named(error: BaseException, output: Path, step: int) -> None:
@@ -114,7 +118,7 @@ def test_reward_that_raises(world: Path, whole: Path, tmp_path: Path, before_sco
     assert_goes_on_like(whole, world, tmp_path)
 
 
-@pytest.mark.parametrize("stage", [0, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 def test_non_finite_gradient(
     world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_scoring: Any, stage: int
 ) -> None:
@@ -140,6 +144,7 @@ def test_non_finite_gradient(
     assert_goes_on_like(same_stage, world, output, **zero)
 
 
+@pytest.mark.slow
 def test_error_of_a_library(
     world: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, before_scoring: Any
 ) -> None:
@@ -176,6 +181,7 @@ def test_full_disk_keeps_and_names_the_checkpoint_before(
     assert_goes_on_like(whole, world, tmp_path)
 
 
+@pytest.mark.slow
 def test_full_disk_while_the_model_is_exported(
     world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +198,7 @@ def test_full_disk_while_the_model_is_exported(
     assert_goes_on_like(whole, world, tmp_path)
 
 
+@pytest.mark.slow
 def test_error_inside_an_update_saves_nothing_of_it(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,7 +224,9 @@ def test_run_that_finished_no_update_leaves_its_folder_to_the_same_command(
     assert metrics_of(tmp_path) == metrics_of(whole)
 
 
-@pytest.mark.parametrize("update", [2, 3, 4])
+@pytest.mark.parametrize(
+    "update", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_stop_in_update_or_evaluation(
     world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_scoring: Any, update: int
 ) -> None:
@@ -242,11 +251,8 @@ def test_stop_in_update_or_evaluation(
 def test_checkpoints_by_the_clock(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minutes = iter(range(0, 1000, 4))
     monkeypatch.setattr(fastr1.training.keeper.time, "monotonic", lambda: 60.0 * next(minutes))
-    run_grpo(settings(world, tmp_path / "never", run__save_minutes=0.0))
+    run_grpo(settings(world, tmp_path / "never", run__save_minutes=0.0, optim__max_steps=2))
     assert not (tmp_path / "never" / "checkpoints").exists()
-    run_grpo(settings(world, tmp_path / "often", run__save_minutes=3.0, run__save_total_limit=9))
-    saved = [path.name for path in (tmp_path / "often" / "checkpoints").iterdir()]
-    assert sorted(saved) == [f"step-00000{step}" for step in (1, 2, 3, 4)]
     run_grpo(settings(world, tmp_path / "at times", run__save_minutes=7.0, run__save_total_limit=9))
     saved = [path.name for path in (tmp_path / "at times" / "checkpoints").iterdir()]
     assert sorted(saved) == ["step-000002", "step-000004"]
