@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastr1.config import Control, load_config
+from fastr1.config import Control, load_config, save_config
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluation.multiple_choice import evaluate_checkpoint
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 COLD_START_CONFIG = REPOSITORY / "configs" / "demo_coldstart.json"
 GRPO_CONFIG = REPOSITORY / "configs" / "grpo.json"
 SHOWN_INSTEAD: tuple[Control, ...] = ("shuffled_frames", "repeated_frame", "blank_video")  # from most to least seen
-MARK = ".demo"  # lies in every run folder that a demo made
+MARK = ".demo"  # lies in every run folder that a demo made, and holds the configuration of its run
 
 
 def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -94,17 +94,23 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, overrides: Sequence[str] 
 def _make_run_folders(*folders: Path) -> None:
     """Empty, marked folders. Those of an earlier demo are removed; any other that holds something is refused."""
     for folder in folders:
-        if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
             raise DataError(
-                f"{folder} was not made by a demo (it has no {MARK}) and is not deleted: choose another --output-dir "
-                "(with make: OUTPUT=…), or move that folder away"
+                f"{folder} holds a run that no demo made, or that was gone on with by hand, and is not deleted: choose "
+                "another --output-dir (with make: OUTPUT=…), or move that folder away"
             )
     for folder in folders:
         if (folder / MARK).exists():
             print(f"removing {folder} of an earlier demo", flush=True)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("This run was made by `fastr1 demo`; the next demo in this place removes it.\n")
+        (folder / MARK).touch()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the last run in this folder was a demo's: the mark repeats the configuration of the demo's run."""
+    mark, config = folder / MARK, folder / "config.json"
+    return mark.exists() and (not config.exists() or config.read_bytes() == mark.read_bytes())
 
 
 def _conditions() -> dict[str, Any]:
@@ -130,7 +136,8 @@ def _git(*arguments: str) -> str | None:
 
 def launch(config: Path, overrides: Sequence[str]) -> None:
     """`deepspeed fastr1/train.py --config CONFIG --set …` on one process, as typed by hand."""
-    load_config(config, overrides)  # a mistake shows here, before the launcher starts
+    settings = load_config(config, overrides)  # a mistake shows here, before the launcher starts
+    save_config(settings, Path(settings.run.output_dir) / MARK)
     script = REPOSITORY / "fastr1" / "train.py"
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(_free_port())]
     command = [*launcher, str(script), "--config", str(config)]
