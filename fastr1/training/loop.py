@@ -11,6 +11,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -115,10 +116,8 @@ class TrainingRun(Generic[S]):
         with self.stop.watching():
             start, saved = self._resume()
             keeper = Keeper(self.distributed, self.config.run, self.stop, self._state, step=start, saved=saved)
-            log = None
             try:
-                log = self._start_log(start)
-                checkpoint = self._train(step, log, keeper)
+                checkpoint = self._train(step, start, keeper)
                 if checkpoint is not None:
                     return checkpoint
                 self.stop.answer = "all updates are done; writing the model"
@@ -127,9 +126,19 @@ class TrainingRun(Generic[S]):
             except Exception as error:
                 raised = keeper.rescue(error)
                 raise raised from (error.__cause__ if raised is error else error)
-            finally:
-                if log is not None:
-                    log.close()
+
+    @contextmanager
+    def _logging(self, start: int) -> Iterator[RunLogger]:
+        """The log of the run, open."""
+        log = self._start_log(start)
+        try:
+            yield log
+        except BaseException:
+            with suppress(OSError):  # of a full disk once more, in the place of what went wrong
+                log.close()
+            raise
+        with agreement(self.distributed):
+            log.close()
 
     def _start_log(self, start: int) -> RunLogger:
         is_main = self.distributed.rank == 0
@@ -142,21 +151,22 @@ class TrainingRun(Generic[S]):
             log = RunLogger(self.output_dir, self.config.run.report_to, len(self.order), is_main, start_step=start)
         return log
 
-    def _train(self, step: Step[S], log: RunLogger, keeper: Keeper) -> Path | None:
+    def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
         """Every remaining update; returns the checkpoint if asked to stop before the last."""
         if launched_world_size() > 1:
             hosts = self.distributed.gather_objects((socket.gethostname(), self.distributed.rank, process_id()))
             self.stop.watch_peers([(rank, process) for host, rank, process in hosts if host == socket.gethostname()])
-        self.distributed.barrier()
-        self.stop.exits_at_once = False  # from here on ranks wait for each other
-        if self._open is not None and (checkpoint := self._conclude(log, keeper)):
-            return checkpoint
-        for update in self._updates():
-            metrics, rows = step(update)
-            self._open = OpenUpdate(update.step, metrics, rows)
-            keeper.finished(update.step)
-            if checkpoint := self._conclude(log, keeper):
+        with self._logging(start - (self._open is not None)) as log:  # whose rows may be half written
+            self.distributed.barrier()
+            self.stop.exits_at_once = False  # from here on ranks wait for each other
+            if self._open is not None and (checkpoint := self._conclude(log, keeper)):
                 return checkpoint
+            for update in self._updates():
+                metrics, rows = step(update)
+                self._open = OpenUpdate(update.step, metrics, rows)
+                keeper.finished(update.step)
+                if checkpoint := self._conclude(log, keeper):
+                    return checkpoint
         return None
 
     def _conclude(self, log: RunLogger, keeper: Keeper) -> Path | None:
