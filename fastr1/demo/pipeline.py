@@ -144,6 +144,8 @@ def launch(config: Path, overrides: Sequence[str]) -> None:
     for override in overrides:
         command += ["--set", override]
     subprocess.run(command, check=True)
+    if not (Path(settings.run.output_dir) / "final").exists():
+        raise DataError(f"the training of {settings.run.output_dir} was stopped before its end; start the demo again")
 
 
 def _free_port() -> int:

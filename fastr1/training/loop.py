@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.keeper import Keeper
 from fastr1.training.run_folder import refuse_used_folder
-from fastr1.training.stop import RESUME, StopRequest, process_id
+from fastr1.training.stop import RESUME, StopRequest, machine_id, process_id
 from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
 
 logger = logging.getLogger(__name__)
@@ -154,8 +153,8 @@ class TrainingRun(Generic[S]):
     def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
         """Every remaining update; returns the checkpoint if asked to stop before the last."""
         if launched_world_size() > 1:
-            hosts = self.distributed.gather_objects((socket.gethostname(), self.distributed.rank, process_id()))
-            self.stop.watch_peers([(rank, process) for host, rank, process in hosts if host == socket.gethostname()])
+            ranks = self.distributed.gather_objects((machine_id(), self.distributed.rank, process_id()))
+            self.stop.watch_peers([(rank, process) for machine, rank, process in ranks if machine == machine_id()])
         with self._logging(start - (self._open is not None)) as log:  # whose rows may be half written
             self.distributed.barrier()
             self.stop.exits_at_once = False  # from here on ranks wait for each other

@@ -162,7 +162,12 @@ os.register_at_fork(after_in_child=_stop_listening)
 
 def process_id(pid: int | None = None) -> str:
     """The process, this one by default, told apart from a later one of the same number: "1234:56789"."""
-    return ":".join(_process_fields(pid or os.getpid())[:2])
+    return ":".join(_process_fields(os.getpid() if pid is None else pid)[:2])
+
+
+def machine_id() -> str:
+    """The same for processes that see each other under their numbers: the boot of the machine, and the container."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _process_fields(pid: int) -> tuple[str, str, str, str]:

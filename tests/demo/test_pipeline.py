@@ -124,6 +124,9 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
     pipeline.run_demo(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.subprocess, "run", lambda command, check: None)
+        with pytest.raises(DataError, match="grpo was stopped before its end; start the demo again"):
+            LAUNCH(pipeline.GRPO_CONFIG, changes)
+        (run / "final").mkdir()
         LAUNCH(pipeline.GRPO_CONFIG, changes)
     save_config(load_config(pipeline.GRPO_CONFIG, changes), run / "config.json")  # as the training does
     pipeline.run_demo(tmp_path)
