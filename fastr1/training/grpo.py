@@ -31,8 +31,13 @@ def run_grpo(config: TrainConfig) -> Path:
 
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[Sample](config, load_questions) as run:
+    with prepare_grpo(config) as run:
         return run.train(GRPOTrainer(run).step)
+
+
+def prepare_grpo(config: TrainConfig) -> TrainingRun[Sample]:
+    """The run before a model is built; making it checks all that it will need."""
+    return TrainingRun[Sample](config, load_questions)
 
 
 class GRPOTrainer:

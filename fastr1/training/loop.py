@@ -21,13 +21,22 @@ from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
 from fastr1.models import VideoLanguageModel, load_model, load_processor
-from fastr1.reporting.run_log import METRICS_FILE, RunLogger
-from fastr1.reporting.statistics import Metrics, mean_metrics
+from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.reporting.run_log import RunLogger
+from fastr1.reporting.statistics import Metrics, join_rows, maxima, mean_metrics
 from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
-from fastr1.schema import DataError, S, Update
-from fastr1.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastr1.schema import S, Update
+from fastr1.training.checkpoint import (
+    CheckpointError,
+    check_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
+from fastr1.training.preflight import check_decoder, check_run
+from fastr1.training.resume import run_settings
 from fastr1.training.stop import StopRequest
 from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
 
@@ -44,17 +53,20 @@ class SampleLoader(Protocol[S]):
 
 
 class TrainingRun(Generic[S]):
-    """Model, processor and samples of a run. Use as a context manager: leaving it releases DeepSpeed.
+    """Model, processor and samples of a run.
 
-    Attributes: config, model, processor, distributed, samples, order, ledger, timer, samples_per_rank (per update).
+    Making one checks everything that can be checked without a model. Use it as a context manager: entering it builds
+    model, DeepSpeed and timer, leaving it releases DeepSpeed.
+
+    Attributes: config, model, processor, distributed, samples, order, ledger, timer, samples_per_rank (per update),
+        settings (what a resume must share).
     """
 
     def __init__(self, config: TrainConfig, load_samples: SampleLoader[S]) -> None:
         data, optim = config.data, config.optim
         self.config = config
         self.output_dir = Path(config.run.output_dir)
-        if config.run.resume_from_checkpoint is None:
-            _refuse_used_folder(self.output_dir)
+        check_run(config)
         policy, bound = data.policy, data.max_bad_fraction
         loaded = load_samples(data.train_file, data.video_root, policy=policy, max_bad_fraction=bound)
         self.samples: list[S] = loaded.samples
@@ -63,7 +75,6 @@ class TrainingRun(Generic[S]):
         )
         self.processor = load_processor(config.model.path)
         self._evaluator = self._build_evaluator()
-        self.model = load_policy(config)
         self.samples_per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
         self.order = SampleOrder(
             len(self.samples),
@@ -72,13 +83,19 @@ class TrainingRun(Generic[S]):
             num_epochs=optim.num_train_epochs,
             max_steps=optim.max_steps,
         )
+        check_decoder(self.samples, data, resolve_device())
+        self._unlogged: list[Metrics] = []  # of the updates since the last row of metrics
+        self.settings = run_settings(config, self.samples, launched_world_size(), self.order.prompts_per_update)
+        self._checkpoint = self._find_checkpoint()
+
+    def __enter__(self) -> TrainingRun[S]:
+        config = self.config
+        self.model = load_policy(config)
         self.distributed = DistributedModel(
-            self.model, optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
+            self.model, config.optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
-
-    def __enter__(self) -> TrainingRun[S]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -90,26 +107,28 @@ class TrainingRun(Generic[S]):
         """Every remaining update; returns the folder of the exported model, or the checkpoint if asked to stop."""
         run, stop = self.config.run, StopRequest()
         start = self._resume()
+        num_unlogged = len(self._unlogged) if start < len(self.order) else 0  # a run that is over wrote its last row
         is_main = self.distributed.rank == 0
         if is_main:
             save_config(self.config, self.output_dir / "config.json")
-        decoder = describe_backend(self.config.data.backend)
-        where = f"{self.distributed.device}, {str(self.model.dtype).removeprefix('torch.')}"
-        logger.info("%d samples, %d updates on %s; videos: %s", len(self.samples), len(self.order), where, decoder)
-        log = RunLogger(self.output_dir, run.report_to, len(self.order), is_main, start_step=start)
-        unlogged: list[Metrics] = []
+        logger.info("%s", self.describe())
+        log = RunLogger(
+            self.output_dir, run.report_to, len(self.order), is_main, start_step=start, num_unlogged=num_unlogged
+        )
         with stop.handling_signals():
             for update in self._updates():
                 metrics, rows = step(update)
                 is_last = update.step == len(self.order)
                 if run.eval_steps and update.step % run.eval_steps == 0:
                     metrics.update(self.evaluate())
-                unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
+                self._unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
                 is_stopping = stop.agreed(self.distributed)
-                if update.step % run.logging_steps == 0 or is_last or is_stopping:
-                    log.log(update.step, mean_metrics(unlogged))
-                    unlogged.clear()
-                log.log_rollouts(update.step, rows)
+                is_due = update.step % run.logging_steps == 0
+                if is_due or is_last:
+                    log.log(update.step, mean_metrics(self._unlogged))
+                if is_due:  # else a longer run that goes on from here needs them for its next row
+                    self._unlogged.clear()
+                log.log_rollouts(update.step, join_rows(self.distributed, rows))
                 if is_stopping or (run.save_steps and update.step % run.save_steps == 0):
                     checkpoint = self._save(update.step)
                 if is_stopping and not is_last:
@@ -119,6 +138,13 @@ class TrainingRun(Generic[S]):
         log.close()
         export_model(self.distributed, self.model, self.processor, self.output_dir / "final")
         return self.output_dir / "final"
+
+    def describe(self) -> str:
+        """Size of the run, where it runs and what decodes its videos, in one line."""
+        device = resolve_device()
+        dtype = str(resolve_dtype(self.config.model.dtype, device)).removeprefix("torch.")
+        decoder = describe_backend(self.config.data.backend)
+        return f"{len(self.samples)} samples, {len(self.order)} updates on {device}, {dtype}; videos: {decoder}"
 
     def evaluate(self) -> Metrics:
         """Greedy accuracy on the held-out questions, shared among the ranks."""
@@ -199,38 +225,64 @@ class TrainingRun(Generic[S]):
                 yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels)
 
     def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
-        """Position in the data, bad samples of all ranks, seconds, tokens per second of training, memory."""
+        """Position in the data, bad samples of all ranks; seconds and memory of the rank that needed most, and tokens
+        per second of training, which is as fast as the slowest rank."""
         seconds = self.timer.pop_seconds()
         aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
         training_seconds = sum(value for name, value in seconds.items() if name not in aside)
+        memory = float(peak_memory_bytes(self.distributed.device))
+        mine = {**seconds, "training_seconds": training_seconds, "peak_memory_bytes": memory}
+        most = maxima(self.distributed, mine)
         bad_samples = self.distributed.sum_across_ranks(torch.tensor(float(self.ledger.num_bad_samples)))
         return {
             "epoch": self.order.epoch(step),
             "bad_samples": bad_samples.item(),
-            **seconds,
-            "tokens_per_second": num_tokens / training_seconds,
-            "peak_memory_bytes": float(peak_memory_bytes(self.distributed.device)),
+            "tokens_per_second": num_tokens / most.pop("training_seconds"),
+            **most,
         }
+
+    def _find_checkpoint(self) -> Path | None:
+        """The folder to resume from, if any: whole, and of a run with the same settings and no more updates."""
+        run = self.config.run
+        if run.resume_from_checkpoint is None:
+            return None
+        folder = find_checkpoint(run.resume_from_checkpoint, self.output_dir)
+        step = check_checkpoint(folder, self.settings, run.allow_changed)
+        if step > len(self.order):
+            raise CheckpointError(
+                f"{folder} has {step} updates behind it and this run only {len(self.order)}: raise optim.max_steps or "
+                "optim.num_train_epochs, or resume from an earlier checkpoint"
+            )
+        return folder
 
     def _resume(self) -> int:
         """Updates already done: restores everything from the checkpoint named in the configuration, if any."""
-        checkpoint = self.config.run.resume_from_checkpoint
-        if checkpoint is None:
+        if self._checkpoint is None:
             return 0
-        step, state = load_checkpoint(self.distributed, checkpoint, self.output_dir)
-        if "order" not in state:
-            raise CheckpointError(
-                f"checkpoint {checkpoint} has no order of samples: it was written by another version of fastr1; resume "
-                "it there, or start a new run from an exported model (model.path)"
-            )
+        step, state = load_checkpoint(
+            self.distributed,
+            self._checkpoint,
+            self.output_dir,
+            settings=self.settings,
+            allow_changed=self.config.run.allow_changed,
+        )
         self.order.load_state_dict(state["order"])
-        logger.info("resumed from %s at update %d", checkpoint, step)
+        self.ledger.load_state_dict(state["ledger"])
+        self._unlogged = state["unlogged"]
+        logger.info("resumed from %s at update %d", self._checkpoint, step)
         return step
 
     def _save(self, step: int) -> Path:
-        state, limit = {"order": self.order.state_dict()}, self.config.run.save_total_limit
+        state = {
+            "order": self.order.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "unlogged": self._unlogged,
+        }
+        limit = self.config.run.save_total_limit
         with self.timer.phase("checkpoint"):
-            return save_checkpoint(self.distributed, self.output_dir, step, state, save_total_limit=limit)
+            return save_checkpoint(
+                self.distributed, self.output_dir, step, state, save_total_limit=limit, settings=self.settings
+            )
 
 
 def load_policy(config: TrainConfig) -> VideoLanguageModel:
@@ -241,13 +293,3 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def _refuse_used_folder(folder: Path) -> None:
-    """A new run would mix its log and checkpoints with those of the run before it."""
-    for name in (METRICS_FILE, "checkpoints", "final"):
-        if (folder / name).exists():
-            raise DataError(
-                f"{folder} holds an earlier run ({name}): choose another run.output_dir, delete that folder, or go on "
-                "with run.resume_from_checkpoint=last"
-            )

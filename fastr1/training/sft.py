@@ -27,8 +27,13 @@ def run_sft(config: TrainConfig) -> Path:
     `config.data.instruction` is not used: the questions of these files carry theirs.
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[SftSample](config, load_conversations) as run:
+    with prepare_sft(config) as run:
         return run.train(SftTrainer(run).step)
+
+
+def prepare_sft(config: TrainConfig) -> TrainingRun[SftSample]:
+    """The run before a model is built; making it checks all that it will need."""
+    return TrainingRun[SftSample](config, load_conversations)
 
 
 def answer_logps(

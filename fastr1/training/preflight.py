@@ -1,0 +1,86 @@
+"""What is checked before any model is built: hours into the queue is too late to learn of a typing error."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastr1.config import DataConfig, TrainConfig
+from fastr1.models.attention import check_attention
+from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.reporting.run_log import METRICS_FILE
+from fastr1.rewards import build_scorer
+from fastr1.schema import DataError, Sample, SftSample
+from fastr1.training.checkpoint import CHECKPOINTS, LAST, CheckpointError, find_checkpoint
+from fastr1.training.distributed import build_deepspeed_config
+from fastr1.video import VideoError, describe_backend, load_clip
+
+_NUM_TRIED = 8  # clips, where bad ones are to be skipped
+
+
+def check_run(config: TrainConfig) -> None:
+    """Looks up everything that a configuration only names, apart from its data: folders, attention, DeepSpeed's keys,
+    reward functions, decoder.
+
+    Raises: ConfigError, CheckpointError, DataError, RewardError or BackendError, with the value and the remedy.
+    """
+    device = resolve_device()
+    dtype = resolve_dtype(config.model.dtype, device)
+    _check_output_dir(Path(config.run.output_dir))
+    _check_used_folder(Path(config.run.output_dir), config.run.resume_from_checkpoint)
+    check_attention(config.model.attn_implementation, device, dtype)
+    build_deepspeed_config(config.deepspeed, config.optim, dtype)
+    if config.task == "grpo":
+        build_scorer(config.reward)
+    describe_backend(config.data.backend)
+
+
+def check_decoder(samples: Sequence[Sample | SftSample], data: DataConfig, device: torch.device) -> None:
+    """Decodes the first clip; with data.policy "skip", the first good one of eight.
+
+    Raises: VideoError where none can be decoded, BackendError where the decoder cannot be loaded.
+    """
+    tried = list(dict.fromkeys(sample.video_path for sample in samples))[: _NUM_TRIED if data.policy == "skip" else 1]
+    for number, path in enumerate(tried, start=1):
+        try:
+            load_clip(path, num_frames=2, device=device, backend=data.backend)
+            return
+        except VideoError:
+            if number == len(tried):
+                raise
+
+
+def _check_output_dir(folder: Path) -> None:
+    """Writes a file into the folder or, where it does not exist yet, into the one that it would be made in."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise DataError(
+            f"run.output_dir is {folder}, but nothing can be written to {place} ({error.strerror}): choose another "
+            "folder or change its permissions"
+        ) from None
+
+
+def _check_used_folder(folder: Path, resume_from_checkpoint: str | None) -> None:
+    """Two runs in one folder would mix their logs and checkpoints."""
+    found = next((name for name in (METRICS_FILE, CHECKPOINTS, "final") if (folder / name).exists()), None)
+    if resume_from_checkpoint is None and found is not None:
+        raise DataError(
+            f"{folder} holds an earlier run ({found}): choose another run.output_dir, delete that folder, or go on "
+            "with run.resume_from_checkpoint=last"
+        )
+    if resume_from_checkpoint in (None, LAST):
+        return
+    checkpoint = find_checkpoint(str(resume_from_checkpoint), folder)
+    if found is not None and checkpoint.resolve().parent != (folder / CHECKPOINTS).resolve():
+        raise CheckpointError(
+            f"run.resume_from_checkpoint is {checkpoint}, but {folder} holds another run ({found}): choose another "
+            "run.output_dir, or a checkpoint in that folder"
+        )
