@@ -86,11 +86,11 @@ def run_config(config: TrainConfig, *, dry_run: bool = False) -> None:
 
 
 def _check_only(config: TrainConfig, is_main: bool) -> None:
-    from fastr1.training.grpo import prepare_grpo
-    from fastr1.training.sft import prepare_sft
-
     # What DeepSpeed and its like print while they are imported goes elsewhere: the output is the configuration alone.
     with contextlib.redirect_stdout(sys.stderr):
+        from fastr1.training.grpo import prepare_grpo
+        from fastr1.training.sft import prepare_sft
+
         run = prepare_sft(config) if config.task == "sft" else prepare_grpo(config)
     if is_main:
         print(json.dumps(config_to_dict(config), indent=2, ensure_ascii=False))

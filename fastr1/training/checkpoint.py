@@ -20,6 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 DEEPSPEED_TAG = "engine"
 VERSION = 2  # of the manifest and of what the rank files hold
+LIBRARIES = ("torch", "transformers", "deepspeed")  # another version may round differently
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _MISSING = object()
 
@@ -109,9 +111,8 @@ def load_checkpoint(
     folder = find_checkpoint(checkpoint, output_dir)
     settings = {**settings, **_engine_settings(distributed)}
     step = check_checkpoint(folder, settings, allow_changed)
-    changes = _differences(_parse_manifest(folder)["settings"], settings)
-    if changes and distributed.rank == 0:
-        logger.warning("as run.allow_changed says, the run goes on differently: %s", "; ".join(changes.values()))
+    if distributed.rank == 0:
+        _log_differences(_parse_manifest(folder), settings)
     state = torch.load(folder / _rank_file(distributed.rank), map_location="cpu", weights_only=False)
     distributed.load(folder, DEEPSPEED_TAG)
     _restore_rng(distributed, state["rng"])
@@ -212,6 +213,19 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[s
     return {name: f"{name} {before[name]} and {after[name]}" for name in differing}
 
 
+def _log_differences(manifest: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    changes = _differences(manifest["settings"], settings)
+    if changes:
+        logger.warning("as run.allow_changed says, the run goes on differently: %s", "; ".join(changes.values()))
+    versions = _differences(manifest["versions"], _versions())
+    if versions:
+        logger.warning("the run goes on exactly but for rounding: %s", "; ".join(versions.values()))
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in LIBRARIES}
+
+
 def _write_manifest(distributed: DistributedModel, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
@@ -223,6 +237,7 @@ def _write_manifest(distributed: DistributedModel, folder: Path, step: int, sett
         "version": VERSION,
         "step": step,
         "saved_at_ns": time.time_ns(),
+        "versions": _versions(),
         "settings": {**settings, **_engine_settings(distributed)},
         "files": files,
     }

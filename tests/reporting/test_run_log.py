@@ -114,6 +114,16 @@ def test_a_metric_may_not_take_the_name_of_the_row_number(tmp_path: Path) -> Non
         make_logger(tmp_path).log(1, {"step": 2.0})
 
 
+def test_tensorboard_has_every_number_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = make_logger(tmp_path, report_to=("tensorboard",))
+    logger.log(1, {f"rewards/{i}": i / 8 for i in range(400)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # what a killed run would leave
+    assert [events.Scalars(f"rewards/{i}")[0].value for i in range(400)] == [i / 8 for i in range(400)]
+    logger.close()
+
+
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -163,6 +163,14 @@ def test_settings_are_compared_by_name_and_value(tmp_path: Path, caplog: pytest.
     engine.close()
 
 
+def test_other_versions_of_libraries_are_logged(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = saved / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "versions": {**manifest["versions"], "torch": "1.0"}}))
+    load_into(1, saved)
+    assert f"but for rounding: torch was '1.0' and is '{torch.__version__}' now" in caplog.text
+
+
 def test_a_manifest_of_another_version_is_refused(saved: Path) -> None:
     file = saved / "manifest.json"
     manifest = json.loads(file.read_text())

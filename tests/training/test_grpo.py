@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import trainer_toys
 from distributed_toys import run_on_two_ranks
 from torch.testing import assert_close
 from trainer_toys import (
@@ -27,6 +28,7 @@ from trainer_toys import (
 
 import fastr1.evaluation.multiple_choice
 import fastr1.training.grpo
+import fastr1.training.loop
 from fastr1.config import load_config, save_config
 from fastr1.data.questions import load_questions
 from fastr1.models import load_model
@@ -98,11 +100,24 @@ def test_result_does_not_depend_on_accumulation(world: Path, tmp_path: Path, los
             assert row == pytest.approx(expected_row, abs=2e-5)
 
 
+def slow_down(owner: Any, name: str, seconds: float) -> None:
+    original = getattr(owner, name)
+
+    def slow(*args: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args)
+
+    setattr(owner, name, slow)
+
+
 def _train_in_two_processes(rank: int, folder: Path) -> None:
     sys.path.insert(0, str(TOYS))
     halves = {"optim__per_device_train_batch_size": 1, "optim__gradient_accumulation_steps": 2, "grpo__beta": 0.1}
     questions = str(folder / "world" / "questions.jsonl")
     evaluation = {"run__eval_steps": 2, "data__eval_file": questions}
+    fastr1.training.loop.peak_memory_bytes = lambda device: (7 if rank else 5) << 40
+    if rank == 1:
+        slow_down(trainer_toys, "vowel_reward", seconds=0.1)
     for name, stage in (("one", {"zero_optimization": {"stage": 1}}), ("three", ZERO_3)):
         run_grpo(make_config(folder / "world", folder / name, deepspeed=stage, **halves, **evaluation))
 
@@ -115,6 +130,18 @@ def test_two_processes_equal_one(world: Path, plain: Path, tmp_path: Path) -> No
         for row, expected in zip(metrics_of(tmp_path / name), metrics_of(plain), strict=True):
             assert {key: row[key] for key in expected} == pytest.approx(expected, abs=2e-5)
         assert metrics_of(tmp_path / name)[1]["eval/num_questions"] == 6
+        # the rank that needed most: rank 1 has the higher peak and waits in its reward function
+        for row in read_rows(tmp_path / name / "metrics.jsonl"):
+            assert row["peak_memory_bytes"] == 7 << 40
+            assert row["time/step_seconds"] > row["time/reward_seconds"] > 0.1
+            assert row["num_tokens"] / row["tokens_per_second"] > 0.1
+        rollouts, expected_rollouts = (read_rows(folder / "rollouts.jsonl") for folder in (tmp_path / name, plain))
+        assert [row.pop("rank") for row in rollouts] == [0] * 6 + [1] * 6 + [0] * 6 + [1] * 6
+        for row, expected in zip(rollouts, expected_rollouts, strict=True):
+            assert expected.pop("rank") == 0
+            assert Path(row.pop("video")).name == Path(expected.pop("video")).name
+            assert row.pop("advantage") == pytest.approx(expected.pop("advantage"), abs=1e-5)
+            assert row == expected
 
 
 @pytest.mark.parametrize("zero", [{"zero_optimization": {"stage": s}} for s in (0, 2)] + [ZERO_3], ids=["0", "2", "3"])

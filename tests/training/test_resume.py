@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainer_toys import exported, make_config, metrics_of, write_world
+from trainer_toys import ROOT, child_environment, exported, make_config, metrics_of, write_world
 
 import fastr1.training.checkpoint
 import fastr1.training.loop
-from fastr1.config import TrainConfig
+from fastr1.config import TrainConfig, save_config
+from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.reporting.run_log import RunLogger, read_rows
 from fastr1.training.checkpoint import CheckpointError, find_last_checkpoint
@@ -304,6 +309,74 @@ def test_a_run_killed_anywhere_and_resumed_equals_the_uninterrupted_one(
     for copy in copies:
         run_grpo(make_config(world, copy, **settings, run__resume_from_checkpoint="last"))
         assert_same_run(copy, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one(
+    world: Path, tmp_path: Path, seed: int
+) -> None:
+    """Two real SIGKILLs per seed, each after a random share of the time that the run needs, its start included."""
+    folder, rng = tmp_path / "world", random.Random(seed)
+    shutil.copytree(world, folder)
+    shutil.copy(folder / "1.mp4", folder / "0.mp4")
+    bad = SampleOrder(6, prompts_per_update=4, seed=seed).indices(0)[0]
+    (folder / f"{bad}.mp4").write_bytes(b"not a video")
+    lines = [line for i, line in enumerate((folder / "questions.jsonl").read_text().splitlines()) if i != bad]
+    (folder / "held_out.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    settings = {
+        **LOGGED,
+        "run__seed": seed,
+        "optim__max_steps": 30,
+        "run__save_steps": rng.choice((1, 2, 5)),
+        "run__logging_steps": rng.choice((1, 3, 4)),
+        "run__eval_steps": 6,
+        "data__eval_file": str(folder / "held_out.jsonl"),
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
+    run_grpo(make_config(folder, whole, **settings))
+    seconds = time.monotonic() - start
+
+    def resumption() -> str | None:
+        try:
+            find_last_checkpoint(killed)
+        except CheckpointError:  # killed before the first checkpoint: from the start again
+            shutil.rmtree(killed, ignore_errors=True)
+            return None
+        return "last"
+
+    for number in range(2):
+        config = make_config(folder, killed, **settings, run__resume_from_checkpoint=resumption())
+        save_config(config, tmp_path / "config.json")
+        command = [sys.executable, str(ROOT / "fastr1" / "train.py"), "--config", str(tmp_path / "config.json")]
+        with open(tmp_path / f"log-{number}", "w") as log:
+            child = subprocess.Popen(command, env=child_environment(), stderr=log, stdout=log)
+            deadline = time.monotonic() + 120
+            config_file, before = killed / "config.json", time.time()
+            while time.monotonic() < deadline and child.poll() is None:
+                if config_file.exists() and config_file.stat().st_mtime >= before - 0.01:  # the loop begins
+                    break
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, seconds))
+            child.kill()
+            assert child.wait() in (-9, 0), (tmp_path / f"log-{number}").read_text()
+    run_grpo(make_config(folder, killed, **settings, run__resume_from_checkpoint=resumption()))
+    assert_same_run(killed, whole)
+
+
+def test_a_skipped_sample_is_still_counted_after_a_resume_that_never_meets_it(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder)
+    first = SampleOrder(6, prompts_per_update=2, seed=42).indices(0)[0]
+    shutil.copy(folder / "1.mp4", folder / "0.mp4")
+    (folder / f"{first}.mp4").write_bytes(b"not a video")
+    settings = {**SKIP, "optim__per_device_train_batch_size": 2, "optim__max_steps": 3, "run__save_steps": 2}
+    run_grpo(make_config(folder, tmp_path / "run", **settings))
+    before = metrics_of(tmp_path / "run")
+    run_grpo(make_config(folder, tmp_path / "run", **settings, run__resume_from_checkpoint="last"))
+    assert before[2]["bad_samples"] == 1
+    assert metrics_of(tmp_path / "run") == before
 
 
 def test_a_run_that_is_over_is_resumed_without_losing_its_last_row(world: Path, tmp_path: Path) -> None:
