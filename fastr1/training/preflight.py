@@ -11,6 +11,7 @@ import torch
 from fastr1.config import DataConfig, TrainConfig
 from fastr1.models.attention import check_attention
 from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.models.weights import check_weights
 from fastr1.reporting.run_log import METRICS_FILE
 from fastr1.rewards import build_scorer
 from fastr1.schema import DataError, Sample, SftSample
@@ -22,15 +23,16 @@ _NUM_TRIED = 8  # clips, where bad ones are to be skipped
 
 
 def check_run(config: TrainConfig) -> None:
-    """Looks up everything that a configuration only names, apart from its data: folders, attention, DeepSpeed's keys,
-    reward functions, decoder.
+    """Looks up everything that a configuration only names, apart from its data: folders, weights, attention, keys of
+    DeepSpeed, reward functions, decoder.
 
-    Raises: ConfigError, CheckpointError, DataError, RewardError or BackendError, with the value and the remedy.
+    Raises: ConfigError, CheckpointError, DataError, ModelFileError, RewardError or BackendError, with value and remedy.
     """
     device = resolve_device()
     dtype = resolve_dtype(config.model.dtype, device)
     _check_output_dir(Path(config.run.output_dir))
     _check_used_folder(Path(config.run.output_dir), config.run.resume_from_checkpoint)
+    check_weights(config.model.path)
     check_attention(config.model.attn_implementation, device, dtype)
     build_deepspeed_config(config.deepspeed, config.optim, dtype)
     if config.task == "grpo":

@@ -64,7 +64,7 @@ def run_settings(
         "data.video_root": _digest_clips(samples, Path(data.video_root)),
         "data.eval_file": None if data.eval_file is None else _digest_file(Path(data.eval_file)),
         "model.path": f"{Path(config.model.path).resolve()}, {_digest_folder(Path(config.model.path))}",
-        "reward.functions": [_with_source(name) for name in config.reward.functions],
+        **({} if config.task == "sft" else {"reward.functions": [_with_source(f) for f in config.reward.functions]}),
         "prompts per update": prompts_per_update,
         **engine_settings(num_processes, stage, resolve_dtype(config.model.dtype, device), device),
     }

@@ -17,6 +17,7 @@ from trainer_toys import ROOT, make_config, write_world
 import fastr1.training.loop
 from fastr1.cli import main
 from fastr1.config import ConfigError, config_to_dict, load_config, save_config
+from fastr1.models import ModelFileError
 from fastr1.models.attention import check_attention
 from fastr1.rewards import RewardError
 from fastr1.schema import DataError
@@ -45,7 +46,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reward__functions": ("no_such_module:f",)}, RewardError, "put the folder of 'no_such_module' on PYTHONPATH"),
         ({"reward__functions": ("trainer_toys:vowel",)}, RewardError, "'trainer_toys' has no function 'vowel'"),
         ({"model__attn_implementation": "spda"}, ConfigError, "attn_implementation is 'spda'.* did you mean 'sdpa'"),
-        ({"model__path": "nowhere"}, ValueError, r"nowhere/config\.json: not found; point model\.path"),
+        ({"model__path": "nowhere"}, ModelFileError, r"nowhere/config\.json: not found; point model\.path"),
         ({"deepspeed": {"zero_optimisation": {}}}, ConfigError, "deepspeed.zero_optimisation is .*'zero_optimization'"),
         ({"run__resume_from_checkpoint": "last"}, CheckpointError, "no complete checkpoint in"),
         ({"run__resume_from_checkpoint": "runs/nope"}, CheckpointError, "checkpoint runs/nope does not exist"),
@@ -59,6 +60,24 @@ def test_is_refused_before_a_model_is_built(
     with pytest.raises(error, match=message):
         run_grpo(make_config(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_incomplete_weights_are_refused(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "base", model)
+    config = make_config(world, tmp_path / "run", model__path=str(model))
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    for kept, message in ((content[:-1], "bytes instead of"), (content[:100], "no header"), (b"", "no header")):
+        weights.write_bytes(kept)
+        with pytest.raises(ModelFileError, match=rf"model\.safetensors: .*{message}.*copy it again"):
+            run_grpo(config)
+    weights.unlink()
+    with pytest.raises(ModelFileError, match=r"model: no weights \(\*\.safetensors\)"):
+        run_grpo(config)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-2.safetensors"}}')
+    with pytest.raises(ModelFileError, match=r"model-00002-of-2\.safetensors: not found; the checkpoint is incomplete"):
+        run_grpo(config)
 
 
 def test_output_folder_that_is_a_file_is_refused(world: Path, tmp_path: Path) -> None:
