@@ -8,6 +8,7 @@ completion_length, kl, eval/accuracy.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -23,6 +24,9 @@ from fastr1.config import check_value
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunLogError(ValueError):
@@ -66,8 +70,11 @@ class RunLogger:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if "jsonl" in report_to:
-            for name, last in ((METRICS_FILE, start_step - num_unlogged), (ROLLOUTS_FILE, start_step)):
-                _drop_rows_after(folder / name, last)
+            last_row = start_step - num_unlogged
+            for name, last in ((METRICS_FILE, last_row), (ROLLOUTS_FILE, start_step)):
+                found = _drop_rows_after(folder / name, last)
+                if name == METRICS_FILE and found < last_row:
+                    logger.warning("%s has no rows of updates %d to %d", folder / name, found + 1, last_row)
                 self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
@@ -137,14 +144,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Keeps the rows up to `step`, replacing the file in one move so that a crash loses nothing."""
+def _drop_rows_after(path: Path, step: int) -> int:
+    """Keeps the rows up to `step`, replacing the file in one move so that a crash loses nothing. Returns the step of
+    the last one, 0 where there is none."""
     if not path.exists():
-        return
+        return 0
     rows = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

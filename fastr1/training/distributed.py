@@ -141,7 +141,8 @@ class DistributedModel:
         if not math.isfinite(norm):
             raise NonFiniteGradientError(
                 f"the gradient norm is {norm} and the update was not applied; resume from the last checkpoint "
-                "with a lower optim.learning_rate, or look for a non-finite reward or log-probability in this batch"
+                "with a lower optim.learning_rate, named in run.allow_changed, or look for a non-finite reward or "
+                "log-probability in this batch"
             )
 
     @property

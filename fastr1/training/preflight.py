@@ -81,6 +81,11 @@ def _check_used_folder(folder: Path, resume_from_checkpoint: str | None) -> None
     if resume_from_checkpoint in (None, LAST):
         return
     checkpoint = find_checkpoint(str(resume_from_checkpoint), folder)
+    if (checkpoint / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            f"run.resume_from_checkpoint is {checkpoint}, the folder of a run: give a folder in its {CHECKPOINTS}/, or "
+            f"{LAST!r} with run.output_dir={checkpoint}"
+        )
     if found is not None and checkpoint.resolve().parent != (folder / CHECKPOINTS).resolve():
         raise CheckpointError(
             f"run.resume_from_checkpoint is {checkpoint}, but {folder} holds another run ({found}): choose another "

@@ -9,6 +9,7 @@ change in between. Compared by content:
     model.path                        the resolved path; of every file in it the name, the size and 17 blocks of 64 KiB,
                                       which differ when weights were trained again
     reward.functions                  SHA-256 of the module of every function that is not built in
+    data.backend                      also the decoder that "auto" stands for on this machine
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fastr1.config import TrainConfig, config_to_dict, without_auto
 from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.schema import Sample, SftSample
 from fastr1.training.checkpoint import engine_settings
+from fastr1.video import describe_backend
 
 # None of these changes an update: where a run lives and is reported, how often it is saved and evaluated, how fast
 # clips are read, and when bad data stops it. Files are compared by content instead.
@@ -63,6 +65,7 @@ def run_settings(
         "data.train_file": f"{len(samples)} samples, {_digest_file(Path(data.train_file))}",
         "data.video_root": _digest_clips(samples, Path(data.video_root)),
         "data.eval_file": None if data.eval_file is None else _digest_file(Path(data.eval_file)),
+        "data.backend": f"{data.backend}: {describe_backend(data.backend).split()[0]}",
         "model.path": f"{Path(config.model.path).resolve()}, {_digest_folder(Path(config.model.path))}",
         **({} if config.task == "sft" else {"reward.functions": [_with_source(f) for f in config.reward.functions]}),
         "prompts per update": prompts_per_update,

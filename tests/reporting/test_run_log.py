@@ -68,6 +68,19 @@ def test_resume_drops_a_row_cut_short_by_a_kill(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_rows_that_a_resume_should_find_but_does_not_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, 1, 3)
+    run(tmp_path, 4, 4, start_step=3)
+    assert not caplog.records
+    run(tmp_path, 7, 7, start_step=6)
+    assert "metrics.jsonl has no rows of updates 5 to 6" in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    run(tmp_path, 8, 8, start_step=7)
+    assert "metrics.jsonl has no rows of updates 1 to 7" in caplog.text
+
+
 def test_start_at_zero_begins_the_files_anew(tmp_path: Path) -> None:
     run(tmp_path, 0, 5)  # a row of step 0, measured before the first update, is dropped like the rest
     run(tmp_path, 1, 2)

@@ -19,6 +19,7 @@ from trainer_toys import ROOT, child_environment, exported, make_config, metrics
 
 import fastr1.training.checkpoint
 import fastr1.training.loop
+import fastr1.training.resume
 from fastr1.config import TrainConfig, save_config
 from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
@@ -65,7 +66,7 @@ def test_every_setting_is_compared_unless_it_may_change(world: Path, tmp_path: P
     for section, hint in get_type_hints(TrainConfig).items():
         for field in dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ():
             name = f"{section}.{field.name}"
-            if name in ("data.train_file", "data.video_root", "data.eval_file", "model.dtype"):
+            if name in ("data.train_file", "data.video_root", "data.eval_file", "data.backend", "model.dtype"):
                 continue
             value = other_value(getattr(getattr(config, section), field.name))
             changed = make_config(world, tmp_path, **{**COSINE, f"{section}__{field.name}": value})
@@ -136,6 +137,16 @@ def test_weights_trained_again_under_the_same_name_are_noticed(world: Path, tmp_
     assert settings_of(config) == before
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     assert settings_of(config)["model.path"] != before["model.path"]
+
+
+def test_the_decoder_that_auto_stands_for_is_compared(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for decoder in ("torchcodec 0.13.0, FFmpeg 7", "torchcodec 0.14.0, FFmpeg 7", "pyav 15.1.0"):
+        monkeypatch.setattr(fastr1.training.resume, "describe_backend", lambda backend, text=decoder: text)
+        found.append(settings_of(make_config(world, tmp_path, data__backend="auto"))["data.backend"])
+    assert found == ["auto: torchcodec", "auto: torchcodec", "auto: pyav"]
 
 
 def test_a_reward_function_that_was_edited_is_noticed(
@@ -239,6 +250,8 @@ def test_resuming_into_the_folder_of_another_run_is_refused(world: Path, interru
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(CheckpointError, match=rf"{tmp_path} holds another run \(metrics\.jsonl\)"):
         resume(world, tmp_path, run__resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(CheckpointError, match=rf"the folder of a run: .* 'last' with run.output_dir={interrupted}"):
+        resume(world, tmp_path, run__resume_from_checkpoint=str(interrupted))
     assert resume(world, tmp_path / "new", run__resume_from_checkpoint=str(checkpoint)).is_dir()
 
 
