@@ -35,8 +35,8 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from torch import nn
 from transformers.optimization import get_scheduler
 
-from fastr1.config import OptimConfig, check_deepspeed, check_value, without_auto
-from fastr1.training.deepspeed_keys import check_deepspeed_keys
+from fastr1.config import OptimConfig, check_value
+from fastr1.training.deepspeed_config import check_deepspeed_keys, complete_config
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
@@ -302,23 +302,7 @@ def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torc
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise DistributedError(f"dtype {dtype} is not supported; use torch.bfloat16 or torch.float32")
-    check_deepspeed(user, str(dtype).removeprefix("torch."))
-    config = without_auto(user)
-    zero = {"stage": 1, **config.get("zero_optimization", {})}
-    complete = {
-        # fp32 sums, so that splitting a batch differently does not change the update.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        **config,
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.max_grad_norm if zero["stage"] > 0 else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype is torch.bfloat16},
-    }
+    complete = complete_config(user, optim, str(dtype).removeprefix("torch."))
     _quieten_deepspeed()
     check_deepspeed_keys(complete, DeepSpeedConfig, DeepSpeedConfigModel)
     return complete

@@ -21,24 +21,18 @@ from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
 from fastr1.models import VideoLanguageModel, load_model, load_processor
-from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.models.devices import resolve_device
 from fastr1.reporting.run_log import RunLogger
-from fastr1.reporting.statistics import Metrics, join_rows, maxima, mean_metrics
-from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
+from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
+from fastr1.reporting.timing import PhaseTimer, machine_metrics
 from fastr1.schema import S, Update
-from fastr1.training.checkpoint import (
-    CheckpointError,
-    check_checkpoint,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from fastr1.training.checkpoint import load_checkpoint, save_checkpoint
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
-from fastr1.training.preflight import check_decoder, check_run
+from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
 from fastr1.training.stop import StopRequest
-from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
+from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +80,7 @@ class TrainingRun(Generic[S]):
         check_decoder(self.samples, data, resolve_device())
         self._unlogged: list[Metrics] = []  # of the updates since the last row of metrics
         self.settings = run_settings(config, self.samples, launched_world_size(), self.order.prompts_per_update)
-        self._checkpoint = self._find_checkpoint()
+        self._checkpoint = checkpoint_to_resume(config.run, self.settings, len(self.order))
 
     def __enter__(self) -> TrainingRun[S]:
         config = self.config
@@ -121,7 +115,8 @@ class TrainingRun(Generic[S]):
                 is_last = update.step == len(self.order)
                 if run.eval_steps and update.step % run.eval_steps == 0:
                     metrics.update(self.evaluate())
-                self._unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
+                machine = machine_metrics(self.distributed, self.timer, metrics["num_tokens"])
+                self._unlogged.append({**metrics, **self._position(update.step), **machine})
                 is_stopping = stop.agreed(self.distributed)
                 is_due = update.step % run.logging_steps == 0
                 if is_due or is_last:
@@ -141,10 +136,7 @@ class TrainingRun(Generic[S]):
 
     def describe(self) -> str:
         """Size of the run, where it runs and what decodes its videos, in one line."""
-        device = resolve_device()
-        dtype = str(resolve_dtype(self.config.model.dtype, device)).removeprefix("torch.")
-        decoder = describe_backend(self.config.data.backend)
-        return f"{len(self.samples)} samples, {len(self.order)} updates on {device}, {dtype}; videos: {decoder}"
+        return f"{len(self.samples)} samples, {len(self.order)} updates {describe_machine(self.config)}"
 
     def evaluate(self) -> Metrics:
         """Greedy accuracy on the held-out questions, shared among the ranks."""
@@ -224,36 +216,10 @@ class TrainingRun(Generic[S]):
                 indices, keys = [index for index, _ in places], [key for _, key in places]
                 yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels)
 
-    def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
-        """Position in the data, bad samples of all ranks; seconds and memory of the rank that needed most, and tokens
-        per second of training, which is as fast as the slowest rank."""
-        seconds = self.timer.pop_seconds()
-        aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
-        training_seconds = sum(value for name, value in seconds.items() if name not in aside)
-        memory = float(peak_memory_bytes(self.distributed.device))
-        mine = {**seconds, "training_seconds": training_seconds, "peak_memory_bytes": memory}
-        most = maxima(self.distributed, mine)
+    def _position(self, step: int) -> Metrics:
+        """Epochs seen, and bad samples of all ranks."""
         bad_samples = self.distributed.sum_across_ranks(torch.tensor(float(self.ledger.num_bad_samples)))
-        return {
-            "epoch": self.order.epoch(step),
-            "bad_samples": bad_samples.item(),
-            "tokens_per_second": num_tokens / most.pop("training_seconds"),
-            **most,
-        }
-
-    def _find_checkpoint(self) -> Path | None:
-        """The folder to resume from, if any: whole, and of a run with the same settings and no more updates."""
-        run = self.config.run
-        if run.resume_from_checkpoint is None:
-            return None
-        folder = find_checkpoint(run.resume_from_checkpoint, self.output_dir)
-        step = check_checkpoint(folder, self.settings, run.allow_changed)
-        if step > len(self.order):
-            raise CheckpointError(
-                f"{folder} has {step} updates behind it and this run only {len(self.order)}: raise optim.max_steps or "
-                "optim.num_train_epochs, or resume from an earlier checkpoint"
-            )
-        return folder
+        return {"epoch": self.order.epoch(step), "bad_samples": bad_samples.item()}
 
     def _resume(self) -> int:
         """Updates already done: restores everything from the checkpoint named in the configuration, if any."""

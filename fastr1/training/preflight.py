@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastr1.config import DataConfig, TrainConfig
+from fastr1.config import DataConfig, RunConfig, TrainConfig
 from fastr1.models.attention import check_attention
 from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.models.weights import check_weights
 from fastr1.reporting.run_log import METRICS_FILE
 from fastr1.rewards import build_scorer
 from fastr1.schema import DataError, Sample, SftSample
-from fastr1.training.checkpoint import CHECKPOINTS, LAST, CheckpointError, find_checkpoint
+from fastr1.training.checkpoint import CHECKPOINTS, LAST, CheckpointError, check_checkpoint, find_checkpoint
 from fastr1.training.distributed import build_deepspeed_config
 from fastr1.video import VideoError, describe_backend, load_clip
 
@@ -53,6 +54,30 @@ def check_decoder(samples: Sequence[Sample | SftSample], data: DataConfig, devic
         except VideoError:
             if number == len(tried):
                 raise
+
+
+def checkpoint_to_resume(run: RunConfig, settings: Mapping[str, Any], num_updates: int) -> Path | None:
+    """The folder to go on from, if any: whole, of a run with the same settings and no more updates.
+
+    Raises: CheckpointError naming every difference.
+    """
+    if run.resume_from_checkpoint is None:
+        return None
+    folder = find_checkpoint(run.resume_from_checkpoint, run.output_dir)
+    step = check_checkpoint(folder, settings, run.allow_changed)
+    if step > num_updates:
+        raise CheckpointError(
+            f"{folder} has {step} updates behind it and this run only {num_updates}: raise optim.max_steps or "
+            "optim.num_train_epochs, or resume from an earlier checkpoint"
+        )
+    return folder
+
+
+def describe_machine(config: TrainConfig) -> str:
+    """Device, dtype and decoder."""
+    device = resolve_device()
+    dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
+    return f"on {device}, {dtype}; videos: {describe_backend(config.data.backend)}"
 
 
 def _check_output_dir(folder: Path) -> None:

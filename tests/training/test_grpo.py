@@ -27,8 +27,8 @@ from trainer_toys import (
 )
 
 import fastr1.evaluation.multiple_choice
+import fastr1.reporting.timing
 import fastr1.training.grpo
-import fastr1.training.loop
 from fastr1.config import load_config, save_config
 from fastr1.data.questions import load_questions
 from fastr1.models import load_model
@@ -115,7 +115,7 @@ def _train_in_two_processes(rank: int, folder: Path) -> None:
     halves = {"optim__per_device_train_batch_size": 1, "optim__gradient_accumulation_steps": 2, "grpo__beta": 0.1}
     questions = str(folder / "world" / "questions.jsonl")
     evaluation = {"run__eval_steps": 2, "data__eval_file": questions}
-    fastr1.training.loop.peak_memory_bytes = lambda device: (7 if rank else 5) << 40
+    fastr1.reporting.timing.peak_memory_bytes = lambda device: (7 if rank else 5) << 40
     if rank == 1:
         slow_down(trainer_toys, "vowel_reward", seconds=0.1)
     for name, stage in (("one", {"zero_optimization": {"stage": 1}}), ("three", ZERO_3)):

@@ -1,4 +1,4 @@
-"""Refuses entries of a DeepSpeed configuration that DeepSpeed would not read, at any depth.
+"""The configuration that DeepSpeed gets: the user's entries, those that follow from other settings, and none unknown.
 
 DeepSpeed itself refuses unknown keys in some sections and passes over them in silence everywhere else. So it parses the
 configuration once, from dicts that note what is asked of them: an entry that nobody asked for is unknown, and the names
@@ -11,7 +11,28 @@ import difflib
 from collections.abc import Callable, Iterator, KeysView
 from typing import Any
 
-from fastr1.config import ConfigError
+from fastr1.config import ConfigError, OptimConfig, check_deepspeed, without_auto
+
+
+def complete_config(user: dict[str, Any], optim: OptimConfig, dtype: str) -> dict[str, Any]:
+    """The user's entries plus those that follow from `optim` and `dtype`. Raises: ConfigError as `check_deepspeed`."""
+    check_deepspeed(user, dtype)
+    config = without_auto(user)
+    zero = {"stage": 1, **config.get("zero_optimization", {})}
+    return {
+        # fp32 sums, so that splitting a batch differently does not change the update.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        **config,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.max_grad_norm if zero["stage"] > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
 
 
 def check_deepspeed_keys(config: dict[str, Any], parse: Callable[[dict[str, Any]], Any], model_class: type) -> None:
