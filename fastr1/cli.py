@@ -7,6 +7,7 @@ loads. Our own errors print as one line and exit with code 2; FASTR1_DEBUG=1 sho
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,17 @@ from pathlib import Path
 from typing import get_args
 
 from fastr1 import __version__
-from fastr1.config import INSTRUCTION, ConfigError, Control, DataConfig, GRPOConfig, RunConfig, TrainConfig, load_config
+from fastr1.config import (
+    INSTRUCTION,
+    ConfigError,
+    Control,
+    DataConfig,
+    GRPOConfig,
+    RunConfig,
+    TrainConfig,
+    config_to_dict,
+    load_config,
+)
 
 # An error before the ranks know of each other is mostly that of all: the first tells it, and is given time to.
 DUPLICATE_SECONDS = 5.0
@@ -60,14 +71,22 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override one setting, e.g. optim.learning_rate=1e-6; may be repeated",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked without a model, print the effective configuration and stop",
+    )
 
 
-def run_config(config: TrainConfig) -> None:
+def run_config(config: TrainConfig, *, dry_run: bool = False) -> None:
     """Runs the task of a configuration in this process, with progress messages of the first rank."""
     from fastr1.training.stop import StopRequest
 
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
+    if dry_run:
+        _check_only(config, is_main)
+        return
     stop = StopRequest(exits_at_once=True)
     with stop.watching():  # also while the modules below are being loaded, which takes seconds
         if config.task == "sft":
@@ -78,6 +97,18 @@ def run_config(config: TrainConfig) -> None:
             from fastr1.training.grpo import run_grpo
 
             run_grpo(config, stop)
+
+
+def _check_only(config: TrainConfig, is_main: bool) -> None:
+    # What DeepSpeed and its like print while they are imported goes elsewhere: the output is the configuration alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastr1.training.grpo import prepare_grpo
+        from fastr1.training.sft import prepare_sft
+
+        run = prepare_sft(config) if config.task == "sft" else prepare_grpo(config)
+    if is_main:
+        print(json.dumps(config_to_dict(config), indent=2, ensure_ascii=False))
+        logging.getLogger(__name__).info("nothing is wrong: %s", run.describe())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -220,8 +251,9 @@ def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
         from fastr1.training.launch import run_processes
 
         overrides = [word for override in args.overrides for word in ("--set", override)]
-        return run_processes(args.num_processes, ["--config", args.config, *overrides])
-    run_config(config)
+        dry_run = ["--dry-run"] if args.dry_run else []
+        return run_processes(args.num_processes, ["--config", args.config, *overrides, *dry_run])
+    run_config(config, dry_run=args.dry_run)
     return 0
 
 

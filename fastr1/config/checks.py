@@ -30,6 +30,7 @@ DEEPSPEED_OWNED_KEYS = {
     "scheduler": "optim.lr_scheduler_type and optim.warmup_ratio",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "data_efficiency": "run.seed",
 }
 
 _AT_LEAST_ZERO: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or more")

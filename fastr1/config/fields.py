@@ -114,6 +114,7 @@ class RunConfig:
     eval_samples: int | None = None  # evaluate on the first n held-out questions only
     per_device_eval_batch_size: int = 16  # questions answered at a time
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "last"
+    allow_changed: tuple[str, ...] = ()  # settings, such as "optim.learning_rate", that a resume may change
     report_to: tuple[Report, ...] = ("jsonl", "tensorboard")
 
 

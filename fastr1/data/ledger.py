@@ -81,6 +81,16 @@ class BadSampleLedger:
         if num_bad > self._max_bad_fraction * self._num_rows:
             raise DataError(_too_many(num_bad, self._num_rows, self._max_bad_fraction, listed))
 
+    def state_dict(self) -> dict[str, str]:
+        """The reason of every failure so far by the origin of its sample."""
+        with self._lock:
+            return dict(self._reasons)
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on counting from a `state_dict`."""
+        with self._lock:
+            self._reasons = dict(state)
+
     @property
     def num_bad_samples(self) -> int:
         """Distinct samples that failed."""

@@ -30,11 +30,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from torch import nn
 from transformers.optimization import get_scheduler
 
-from fastr1.config import OptimConfig, check_deepspeed, check_value, without_auto
+from fastr1.config import OptimConfig, check_value
 from fastr1.training.agreement import agreement, collected_write_errors, on_every_rank
+from fastr1.training.deepspeed_config import check_deepspeed_keys, complete_config
 from fastr1.training.launch import STORE_FD
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
@@ -145,7 +148,8 @@ class DistributedModel:
             self.is_updating = False
             error = NonFiniteGradientError(
                 f"the gradient norm is {norm} and the update was not applied; resume from the last checkpoint "
-                "with a lower optim.learning_rate, or look for a non-finite reward or log-probability in this batch"
+                "with a lower optim.learning_rate, named in run.allow_changed, or look for a non-finite reward or "
+                "log-probability in this batch"
             )
             raise on_every_rank(error)  # the norm is that of all ranks
 
@@ -226,10 +230,25 @@ class DistributedModel:
                 raise errors[0]
 
     def load(self, directory: Path, tag: str) -> None:
-        """Restore what `save` wrote, into a model that has not trained yet. All ranks call it."""
+        """Restore what `save` wrote, into a model that has not trained yet. All ranks call it.
+
+        Learning rate, decay, betas, epsilon and clipping are those of `optim`, whatever they were when it was written.
+        """
         path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise DistributedError(f"DeepSpeed found no checkpoint in {directory / tag}")
+        self._apply_optim()
+
+    def _apply_optim(self) -> None:
+        """DeepSpeed restores these from the checkpoint; where they are the same this changes no bit."""
+        optim, schedule = self.optim, self._scheduler
+        if self.zero_stage > 0:
+            self._engine.optimizer.clip_grad = optim.max_grad_norm
+        schedule.base_lrs = [optim.learning_rate] * len(schedule.base_lrs)
+        schedule._last_lr = [optim.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group |= {"lr": rate, "initial_lr": optim.learning_rate, "weight_decay": optim.weight_decay}
+            group |= {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
 
     def close(self) -> None:
         """Wait for the other ranks, release DeepSpeed, and destroy the process group if this object created it."""
@@ -309,27 +328,15 @@ def _local_device() -> torch.device:
 def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's entries plus those that follow from `optim` and `dtype`.
 
-    Raises: DistributedError for a dtype that cannot be trained in; ConfigError for what `check_deepspeed` refuses.
+    Raises: DistributedError for a dtype that cannot be trained in; ConfigError for what `check_deepspeed` refuses and
+        for what DeepSpeed does not know.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise DistributedError(f"dtype {dtype} is not supported; use torch.bfloat16 or torch.float32")
-    check_deepspeed(user, str(dtype).removeprefix("torch."))
-    config = without_auto(user)
-    zero = {"stage": 1, **config.get("zero_optimization", {})}
-    return {
-        # fp32 sums, so that splitting a batch differently does not change the update.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        **config,
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.max_grad_norm if zero["stage"] > 0 else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype is torch.bfloat16},
-    }
+    complete = complete_config(user, optim, str(dtype).removeprefix("torch."))
+    _quieten_deepspeed()
+    check_deepspeed_keys(complete, DeepSpeedConfig, DeepSpeedConfigModel)
+    return complete
 
 
 def _build_scheduler(

@@ -33,8 +33,13 @@ def run_grpo(config: TrainConfig, stop: StopRequest | None = None) -> Path:
 
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[Sample](config, load_questions, stop) as run:
+    with prepare_grpo(config, stop) as run:
         return run.train(GRPOTrainer(run).step)
+
+
+def prepare_grpo(config: TrainConfig, stop: StopRequest | None = None) -> TrainingRun[Sample]:
+    """The run before a model is built; making it checks all that it will need."""
+    return TrainingRun[Sample](config, load_questions, stop)
 
 
 class GRPOTrainer:

@@ -6,7 +6,7 @@ import copy
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Keeper:
         trainer_state: what a checkpoint holds beside the model, as of now.
         step: updates done by the checkpoint the run was resumed from, 0 for a new run.
         saved: that checkpoint.
+        settings: what a run that goes on from a checkpoint must share.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Keeper:
         *,
         step: int = 0,
         saved: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._distributed = distributed
         self._run = run
         self._stop = stop
+        self._settings = settings or {}
         self._trainer_state = trainer_state
         self._saved: Path | None = None
         self._saved_at = time.monotonic()
@@ -80,6 +83,7 @@ class Keeper:
                 self._state,
                 save_total_limit=self._run.save_total_limit,
                 generators=self._random,
+                settings=self._settings,
             )
             self._has_failed = False
             self._note_saved(folder)

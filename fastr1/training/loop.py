@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,18 +23,20 @@ from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
 from fastr1.models import VideoLanguageModel, load_model, load_processor
+from fastr1.models.devices import resolve_device
 from fastr1.reporting.run_log import RunLogger
-from fastr1.reporting.statistics import Metrics, mean_metrics
-from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
+from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
+from fastr1.reporting.timing import PhaseTimer, machine_metrics
 from fastr1.schema import S, Update
 from fastr1.training.agreement import agreement, is_on_every_rank
-from fastr1.training.checkpoint import LAST, CheckpointError, find_last_checkpoint, load_checkpoint
+from fastr1.training.checkpoint import load_checkpoint
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.keeper import Keeper
-from fastr1.training.run_folder import refuse_used_folder
+from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
+from fastr1.training.resume import run_settings
 from fastr1.training.stop import RESUME, StopRequest, machine_id, process_id
-from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
+from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +60,23 @@ class SampleLoader(Protocol[S]):
 
 
 class TrainingRun(Generic[S]):
-    """Model, processor and samples of a run. Use as a context manager: leaving it releases DeepSpeed.
+    """Model, processor and samples of a run.
+
+    Making one checks everything that can be checked without a model. Use it as a context manager: entering it builds
+    model, DeepSpeed and timer, leaving it releases DeepSpeed.
 
     Args:
         stop: what listens for signals already, if anything does; else `train` listens while it runs.
 
-    Attributes: config, model, processor, distributed, samples, order, ledger, timer, samples_per_rank (per update).
+    Attributes: config, model, processor, distributed, samples, order, ledger, timer, samples_per_rank (per update),
+        settings (what a resume must share).
     """
 
     def __init__(self, config: TrainConfig, load_samples: SampleLoader[S], stop: StopRequest | None = None) -> None:
         data, optim = config.data, config.optim
         self.config = config
         self.output_dir = Path(config.run.output_dir)
-        if config.run.resume_from_checkpoint is None:
-            refuse_used_folder(self.output_dir)
+        check_run(config)
         policy, bound = data.policy, data.max_bad_fraction
         loaded = load_samples(data.train_file, data.video_root, policy=policy, max_bad_fraction=bound)
         self.samples: list[S] = loaded.samples
@@ -81,7 +85,6 @@ class TrainingRun(Generic[S]):
         )
         self.processor = load_processor(config.model.path)
         self._evaluator = self._build_evaluator()
-        self.model = load_policy(config)
         self.samples_per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
         self.order = SampleOrder(
             len(self.samples),
@@ -90,16 +93,21 @@ class TrainingRun(Generic[S]):
             num_epochs=optim.num_train_epochs,
             max_steps=optim.max_steps,
         )
+        check_decoder(self.samples, data, resolve_device())
+        self.stop = StopRequest() if stop is None else stop
+        self._open: OpenUpdate | None = None
+        self._unlogged: list[Metrics] = []  # of the updates since the last row of metrics
+        self.settings = run_settings(config, self.samples, launched_world_size(), self.order.prompts_per_update)
+        self._checkpoint = checkpoint_to_resume(config.run, self.settings, len(self.order))
+
+    def __enter__(self) -> TrainingRun[S]:
+        config = self.config
+        self.model = load_policy(config)
         self.distributed = DistributedModel(
-            self.model, optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
+            self.model, config.optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
-        self.stop = StopRequest() if stop is None else stop
-        self._open: OpenUpdate | None = None
-        self._unlogged: list[Metrics] = []
-
-    def __enter__(self) -> TrainingRun[S]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -114,7 +122,15 @@ class TrainingRun(Generic[S]):
         """
         with self.stop.watching():
             start, saved = self._resume()
-            keeper = Keeper(self.distributed, self.config.run, self.stop, self._state, step=start, saved=saved)
+            keeper = Keeper(
+                self.distributed,
+                self.config.run,
+                self.stop,
+                self._state,
+                step=start,
+                saved=saved,
+                settings=self.settings,
+            )
             try:
                 checkpoint = self._train(step, start, keeper)
                 if checkpoint is not None:
@@ -141,13 +157,13 @@ class TrainingRun(Generic[S]):
 
     def _start_log(self, start: int) -> RunLogger:
         is_main = self.distributed.rank == 0
-        decoder = describe_backend(self.config.data.backend)
-        where = f"{self.distributed.device}, {str(self.model.dtype).removeprefix('torch.')}"
-        logger.info("%d samples, %d updates on %s; videos: %s", len(self.samples), len(self.order), where, decoder)
+        logger.info("%s", self.describe())
+        num_unlogged = len(self._unlogged) if start < len(self.order) else 0  # a run that is over wrote its last row
+        report_to, total = self.config.run.report_to, len(self.order)
         with agreement(self.distributed):
             if is_main:
                 save_config(self.config, self.output_dir / "config.json")
-            log = RunLogger(self.output_dir, self.config.run.report_to, len(self.order), is_main, start_step=start)
+            log = RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
         return log
 
     def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
@@ -180,12 +196,15 @@ class TrainingRun(Generic[S]):
         is_stopping, is_due = votes[0].item() > 0, votes.sum().item() > 0
         if rates is not None:
             metrics = {**update.metrics, **rates}
-            self._unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
+            machine = machine_metrics(self.distributed, self.timer, metrics["num_tokens"])
+            self._unlogged.append({**metrics, **self._position(update.step), **machine})
+            rows, is_row = join_rows(self.distributed, update.rows), update.step % run.logging_steps == 0
             with agreement(self.distributed):
-                if update.step % run.logging_steps == 0 or is_last or is_stopping:
+                if is_row or is_last:
                     log.log(update.step, mean_metrics(self._unlogged))
-                    self._unlogged.clear()
-                log.log_rollouts(update.step, update.rows)
+                log.log_rollouts(update.step, rows)
+            if is_row:  # else a longer run that goes on from here needs them for its next row
+                self._unlogged.clear()
             self._open = None
             keeper.finished(update.step)
         if is_due:
@@ -196,6 +215,10 @@ class TrainingRun(Generic[S]):
                 logger.warning("stopped after update %d of %d: %s", update.step, len(self.order), RESUME)
             return checkpoint
         return None
+
+    def describe(self) -> str:
+        """Size of the run, where it runs and what decodes its videos, in one line."""
+        return f"{len(self.samples)} samples, {len(self.order)} updates {describe_machine(self.config)}"
 
     def evaluate(self) -> Metrics | None:
         """Greedy accuracy on the held-out questions, shared among the ranks; None where a stop was asked for
@@ -280,43 +303,36 @@ class TrainingRun(Generic[S]):
                 indices, keys = [index for index, _ in places], [key for _, key in places]
                 yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels)
 
-    def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
-        """Position in the data, bad samples of all ranks, seconds, tokens per second of training, memory."""
-        seconds = self.timer.pop_seconds()
-        aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
-        # none for an update that was done before a resume
-        training_seconds = sum(value for name, value in seconds.items() if name not in aside)
+    def _position(self, step: int) -> Metrics:
+        """Epochs seen, and bad samples of all ranks."""
         bad_samples = self.distributed.sum_across_ranks(torch.tensor(float(self.ledger.num_bad_samples)))
-        return {
-            "epoch": self.order.epoch(step),
-            "bad_samples": bad_samples.item(),
-            **seconds,
-            "tokens_per_second": num_tokens / training_seconds
-            if training_seconds
-            else math.nan,  # done before a resume
-            "peak_memory_bytes": float(peak_memory_bytes(self.distributed.device)),
-        }
+        return {"epoch": self.order.epoch(step), "bad_samples": bad_samples.item()}
 
     def _resume(self) -> tuple[int, Path | None]:
         """Restores everything from the checkpoint named in the configuration, if any: updates done, and its folder."""
-        checkpoint = self.config.run.resume_from_checkpoint
-        if checkpoint is None:
+        if self._checkpoint is None:
             return 0, None
-        folder = find_last_checkpoint(self.output_dir) if checkpoint == LAST else Path(checkpoint)
-        step, state = load_checkpoint(self.distributed, folder, self.output_dir)
-        if "order" not in state:
-            raise CheckpointError(
-                f"checkpoint {checkpoint} has no order of samples: it was written by another version of fastr1; resume "
-                "it there, or start a new run from an exported model (model.path)"
-            )
+        step, state = load_checkpoint(
+            self.distributed,
+            self._checkpoint,
+            self.output_dir,
+            settings=self.settings,
+            allow_changed=self.config.run.allow_changed,
+        )
         self.order.load_state_dict(state["order"])
-        self._open = state.get("open")
-        logger.info("resumed from %s at update %d", folder, step)
-        return step, folder
+        self.ledger.load_state_dict(state["ledger"])
+        self._unlogged, self._open = state["unlogged"], state["open"]
+        logger.info("resumed from %s at update %d", self._checkpoint, step)
+        return step, self._checkpoint
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the model."""
-        return {"order": self.order.state_dict(), "open": self._open}
+        return {
+            "order": self.order.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "unlogged": self._unlogged,
+            "open": self._open,
+        }
 
 
 def load_policy(config: TrainConfig) -> VideoLanguageModel:

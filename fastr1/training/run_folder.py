@@ -17,9 +17,7 @@ def refuse_used_folder(folder: Path) -> None:
 
     Raises: DataError with the options to type.
     """
-    found = [name for name in (METRICS_FILE, ROLLOUTS_FILE) if _has_content(folder / name)]
-    found += [f"checkpoints/{path.name}" for path in (folder / "checkpoints").glob("step-*") if not path.suffix]
-    found += ["final"] * (folder / "final").exists()
+    found = traces_of_a_run(folder)
     if not found:
         return
     elsewhere = next(name for number in count(2) if not (name := Path(f"{folder}-{number}")).exists())
@@ -33,6 +31,13 @@ def refuse_used_folder(folder: Path) -> None:
         f"{folder} holds an earlier run ({', '.join(found)}): add --set run.output_dir={keep} to the command to keep "
         f"it{go_on}, or remove it first: rm -r {remove}"
     )
+
+
+def traces_of_a_run(folder: Path) -> list[str]:
+    """What a run that finished an update left there, as names below the folder."""
+    found = [name for name in (METRICS_FILE, ROLLOUTS_FILE) if _has_content(folder / name)]
+    found += [f"checkpoints/{path.name}" for path in (folder / "checkpoints").glob("step-*") if not path.suffix]
+    return found + ["final"] * (folder / "final").exists()
 
 
 def _has_content(path: Path) -> bool:

@@ -29,8 +29,13 @@ def run_sft(config: TrainConfig, stop: StopRequest | None = None) -> Path:
     `config.data.instruction` is not used: the questions of these files carry theirs. `stop` listens already.
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[SftSample](config, load_conversations, stop) as run:
+    with prepare_sft(config, stop) as run:
         return run.train(SftTrainer(run).step)
+
+
+def prepare_sft(config: TrainConfig, stop: StopRequest | None = None) -> TrainingRun[SftSample]:
+    """The run before a model is built; making it checks all that it will need."""
+    return TrainingRun[SftSample](config, load_conversations, stop)
 
 
 def answer_logps(
