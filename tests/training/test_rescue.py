@@ -95,7 +95,7 @@ def test_bad_video_of_a_later_update(world: Path, whole: Path, tmp_path: Path) -
     with pytest.raises(DataError, match=rf"questions\.jsonl:{index + 1}.*{index}\.mp4") as caught:
         run_grpo(settings(tmp_path / "world", output, data__eval_file=str(world / "questions.jsonl")))
     assert_saved_and_named(caught.value, output, 1)
-    assert_goes_on_like(whole, world, output)
+    assert_goes_on_like(whole, world, output, run__allow_changed=("model.path", "data.video_root"))
 
 
 def test_bad_video_of_the_evaluation_which_is_repeated(world: Path, whole: Path, tmp_path: Path) -> None:
