@@ -7,15 +7,17 @@ loads. Our own errors print as one line and exit with code 2; FASTR1_DEBUG=1 sho
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import ConfigError, TrainConfig, load_config
+from fastr1.config import ConfigError, TrainConfig, config_to_dict, load_config
 from fastr1.evaluation.arguments import (
     add_chat_arguments,
     add_eval_arguments,
@@ -24,6 +26,9 @@ from fastr1.evaluation.arguments import (
     positive,
     what_to_ask,
 )
+
+# An error before the ranks know of each other is mostly that of all: the first tells it, and is given time to.
+DUPLICATE_SECONDS = 5.0
 
 Command = Callable[[argparse.Namespace], int]
 # modules of the extra `train`, torch included, by which its absence shows
@@ -38,13 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_errors(action: Callable[[], int]) -> int:
-    """Runs `action`; an error that fastr1 itself raised becomes one line on standard error and exit code 2."""
+    """Runs `action`; an error that fastr1 itself raised becomes one line on standard error and exit code 2. Of several
+    ranks that fail together one tells it; a launcher ends the others when the first has failed."""
     try:
         return action()
     except ValueError as error:
         is_ours = type(error).__module__.split(".")[0] in ("fastr1", "fastr1_kernels")
         if not is_ours or os.environ.get("FASTR1_DEBUG") == "1":
             raise
+        if type(error).__name__ == "PeerError":
+            return 2
+        if os.environ.get("RANK", "0") != "0" and not getattr(error, "is_on_every_rank", False):
+            time.sleep(DUPLICATE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -72,20 +82,44 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         metavar="KEY=VALUE",
         help="override one setting, e.g. optim.learning_rate=1e-6; may be repeated",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked without a model, print the effective configuration and stop",
+    )
 
 
-def run_config(config: TrainConfig) -> None:
+def run_config(config: TrainConfig, *, dry_run: bool = False) -> None:
     """Runs the task of a configuration in this process, with progress messages of the first rank."""
+    from fastr1.training.stop import StopRequest
+
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
-    if config.task == "sft":
-        from fastr1.training.sft import run_sft
+    if dry_run:
+        _check_only(config, is_main)
+        return
+    stop = StopRequest(exits_at_once=True)
+    with stop.watching():  # also while the modules below are being loaded, which takes seconds
+        if config.task == "sft":
+            from fastr1.training.sft import run_sft
 
-        run_sft(config)
-    else:
-        from fastr1.training.grpo import run_grpo
+            run_sft(config, stop)
+        else:
+            from fastr1.training.grpo import run_grpo
 
-        run_grpo(config)
+            run_grpo(config, stop)
+
+
+def _check_only(config: TrainConfig, is_main: bool) -> None:
+    # What DeepSpeed and its like print while they are imported goes elsewhere: the output is the configuration alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        from fastr1.training.grpo import prepare_grpo
+        from fastr1.training.sft import prepare_sft
+
+        run = prepare_sft(config) if config.task == "sft" else prepare_grpo(config)
+    if is_main:
+        print(json.dumps(config_to_dict(config), indent=2, ensure_ascii=False))
+        logging.getLogger(__name__).info("nothing is wrong: %s", run.describe())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,16 +128,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastr1 {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = _add(commands, "train", _train, "train with GRPO in this process", "--config configs/grpo.json")
-    add_config_arguments(train)
-    sft = _add(
-        commands,
-        "sft",
-        _sft,
-        "supervised fine-tuning (cold start) in this process",
-        "--config configs/demo_coldstart.json",
-    )
-    add_config_arguments(sft)
+    train = _add(commands, "train", _train, "train with GRPO", "--config configs/grpo.json --num-processes 2")
+    sft = _add(commands, "sft", _sft, "supervised fine-tuning (cold start)", "--config configs/demo_coldstart.json")
+    for parser_ in (train, sft):
+        add_config_arguments(parser_)
+        parser_.add_argument(
+            "--num-processes",
+            type=positive,
+            default=1,
+            metavar="N",
+            help="processes on this machine, one per GPU (default: %(default)s); batch sizes are per process",
+        )
     _add_check_data(commands)
     _add_eval(commands)
     _add_chat(commands)
@@ -183,7 +218,13 @@ def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
     config = load_config(args.config, args.overrides)
     if config.task != task:
         raise ConfigError(f"{args.config}: task is {config.task!r}; run `fastr1 {other_command}`")
-    run_config(config)
+    if args.num_processes > 1:
+        from fastr1.training.launch import run_processes
+
+        overrides = [word for override in args.overrides for word in ("--set", override)]
+        dry_run = ["--dry-run"] if args.dry_run else []
+        return run_processes(args.num_processes, ["--config", args.config, *overrides, *dry_run])
+    run_config(config, dry_run=args.dry_run)
     return 0
 
 

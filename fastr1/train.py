@@ -3,6 +3,7 @@
     deepspeed fastr1/train.py --config configs/grpo.json
     deepspeed --num_gpus 4 fastr1/train.py --config configs/nextqa_coldstart.json --set model.path=/models/base
     python fastr1/train.py --config configs/grpo.json --set run.output_dir=runs/try
+    python fastr1/train.py --config configs/grpo.json --dry-run
 
 The launchers run this file as a script, from a checkout that need not be installed.
 """
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
 
     def run() -> int:
-        run_config(load_config(args.config, args.overrides))
+        run_config(load_config(args.config, args.overrides), dry_run=args.dry_run)
         return 0
 
     return report_errors(run)

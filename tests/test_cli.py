@@ -17,6 +17,7 @@ from trainer_toys import write_world
 from fastr1 import cli, train
 from fastr1.evaluation.chat import chat
 from fastr1.schema import DataError
+from fastr1.training.agreement import PeerError, on_every_rank
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMANDS = ["train", "sft", "check-data", "eval", "chat", "demo-data", "demo", "report", "doctor"]
@@ -75,6 +76,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["unknown"],
         ["train"],
         ["train", "--config"],
+        ["train", "--config", "c.json", "--num-processes", "0"],
         ["eval", "--model", "m"],
         ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--num-frames", "0"],
         ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--batch-size", "-1"],
@@ -129,6 +131,30 @@ def test_errors_from_inside_a_run_are_reported_too(
     Recorder(monkeypatch, "fastr1.training.grpo", "run_grpo", DataError("t.jsonl:3: no such video"))
     assert cli.main(["train", "--config", str(config)]) == 2
     assert capsys.readouterr().err == "error: t.jsonl:3: no such video\n"
+
+
+def test_of_several_ranks_one_tells_the_error(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    told = []
+    for error in (PeerError("rank 0 failed"), on_every_rank(DataError("bad")), DataError("perhaps told by the first")):
+        with monkeypatch.context() as patch:
+            Recorder(patch, "fastr1.training.grpo", "run_grpo", error)
+            assert cli.main(["train", "--config", str(config)]) == 2
+        told.append((capsys.readouterr().err, len(waited)))
+    assert told == [("", 0), ("error: bad\n", 0), ("error: perhaps told by the first\n", 1)]
+
+
+def test_several_processes_get_the_same_arguments(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch, "fastr1.training.launch", "run_processes", 7)
+    settings = ["--set", "run.seed=7", "--set", "data.policy=skip"]
+    assert cli.main(["train", "--config", str(config), "--num-processes", "3", *settings]) == 7
+    assert recorder.calls == [((3, ["--config", str(config), *settings]), {})]
+    assert cli.main(["train", "--config", str(config), "--num-processes", "3", "--set", "run.sed=7"]) == 2
+    assert len(recorder.calls) == 1
 
 
 @pytest.mark.parametrize(

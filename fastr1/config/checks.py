@@ -30,6 +30,7 @@ DEEPSPEED_OWNED_KEYS = {
     "scheduler": "optim.lr_scheduler_type and optim.warmup_ratio",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "data_efficiency": "run.seed",
 }
 
 _AT_LEAST_ZERO: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or more")
@@ -71,7 +72,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.output_dir": _GIVEN,
     "run.seed": (lambda value: 0 <= value < 2**63, "0 or more and less than 2**63"),
     "run.logging_steps": _AT_LEAST_ONE,
-    "run.save_steps": (lambda value: value >= 0, "0 or more; 0 writes no checkpoint, only the final model"),
+    "run.save_steps": (lambda value: value >= 0, "0 or more; 0 leaves checkpoints to run.save_minutes"),
+    "run.save_minutes": (lambda value: value >= 0, "0 or more; 0 leaves checkpoints to run.save_steps"),
     "run.save_total_limit": _AT_LEAST_ONE,
     "run.eval_steps": (lambda value: value >= 0, "0 or more; 0 never evaluates during training"),
     "run.eval_samples": _AT_LEAST_ONE,

@@ -111,12 +111,14 @@ class RunConfig:
     output_dir: str = "runs/grpo"
     seed: int = 42
     logging_steps: int = 1  # a row of metrics holds the means over this many updates
-    save_steps: int = 0  # 0: no checkpoints; the final model is always written
+    save_steps: int = 0  # a checkpoint every so many updates; 0: none of these; the final model is always written
+    save_minutes: float = 10.0  # a checkpoint when the last one is this old, so that a crash costs no more; 0: never
     save_total_limit: int = 2
     eval_steps: int = 0  # 0: no evaluation during training
     eval_samples: int | None = None  # evaluate on the first n held-out questions only
     per_device_eval_batch_size: int = 16  # questions answered at a time
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "last"
+    allow_changed: tuple[str, ...] = ()  # settings, such as "optim.learning_rate", that a resume may change
     report_to: tuple[Report, ...] = ("jsonl", "tensorboard")
 
 

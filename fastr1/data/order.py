@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from fastr1.schema import DataError
-
 
 class SampleOrder:
     """Iterates over the updates of a run; each item is the list of sample indices of one whole update (all ranks).
@@ -71,26 +69,11 @@ class SampleOrder:
         return update * self.prompts_per_update / self.num_samples
 
     def state_dict(self) -> dict[str, int]:
-        """Everything a resumed run needs, plus what it is checked against."""
-        return {
-            "next_update": self.next_update,
-            "num_samples": self.num_samples,
-            "prompts_per_update": self.prompts_per_update,
-            "seed": self.seed,
-        }
+        """Everything a resumed run needs that its configuration does not say."""
+        return {"next_update": self.next_update}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the updates that `state` counts as done.
-
-        Raises:
-            DataError: the state was saved for other data, another update size or another seed.
-        """
-        for name in ("num_samples", "prompts_per_update", "seed"):
-            if state[name] != getattr(self, name):
-                raise DataError(
-                    f"the checkpoint was written with {name} = {state[name]}, this run has {getattr(self, name)}; "
-                    "resume with the same data, update size and seed, or start a new run"
-                )
+        """Continue exactly after the updates that `state` counts as done."""
         self.next_update = int(state["next_update"])
 
     def _permutation(self, epoch: int) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastr1.config import PACKAGE, Control, load_config, shipped_configs
+from fastr1.config import PACKAGE, Control, load_config, save_config, shipped_configs
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluation.checkpoint import evaluate_checkpoint
@@ -29,7 +29,7 @@ from fastr1.schema import DataError
 
 COLD_START_CONFIG, GRPO_CONFIG = "demo_coldstart", "grpo"
 SHOWN_INSTEAD: tuple[Control, ...] = ("shuffled_frames", "repeated_frame", "blank_video")  # from most to least seen
-MARK = ".demo"  # lies in every run folder that a demo made
+MARK = ".demo"  # lies in every run folder that a demo made, and holds the configuration of its run
 QUICK_DATA = {"num_train": 16, "num_test": 10}
 QUICK_RUN = ["optim.max_steps=2", "run.logging_steps=1"]
 
@@ -94,17 +94,23 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
 def _make_run_folders(*folders: Path) -> None:
     """Empty, marked folders. Those of an earlier demo are removed; any other that holds something is refused."""
     for folder in folders:
-        if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        if folder.exists() and any(folder.iterdir()) and not _is_ours(folder):
             raise DataError(
-                f"{folder} was not made by a demo (it has no {MARK}) and is not deleted: choose another --output-dir "
-                "(with make: OUTPUT=…), or move that folder away"
+                f"{folder} holds a run that no demo made, or that was gone on with by hand, and is not deleted: choose "
+                "another --output-dir (with make: OUTPUT=…), or move that folder away"
             )
     for folder in folders:
         if (folder / MARK).exists():
             print(f"removing {folder} of an earlier demo", flush=True)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("This run was made by `fastr1 demo`; the next demo in this place removes it.\n")
+        (folder / MARK).touch()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the last run in this folder was a demo's: the mark repeats the configuration of the demo's run."""
+    mark, config = folder / MARK, folder / "config.json"
+    return mark.exists() and (not config.exists() or config.read_bytes() == mark.read_bytes())
 
 
 def _conditions() -> dict[str, Any]:
@@ -131,7 +137,8 @@ def _git(*arguments: str) -> str | None:
 def launch(name: str, overrides: Sequence[str]) -> None:
     """`deepspeed fastr1/train.py --config FILE --set …` on one process, as typed by hand; FILE is that of `name`."""
     config = shipped_configs()[name]
-    load_config(config, overrides)  # a mistake shows here, before the launcher starts
+    settings = load_config(config, overrides)  # a mistake shows here, before the launcher starts
+    save_config(settings, Path(settings.run.output_dir) / MARK)
     # the `deepspeed` command by its module: the script of that name need not be on the path
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "1"]
     command = [*launcher, "--master_port", str(_free_port()), str(PACKAGE / "train.py"), "--config", str(config)]
@@ -141,6 +148,8 @@ def launch(name: str, overrides: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else each process of the launcher warns that it found no GPU
     subprocess.run(command, check=True, env=environment)
+    if not (Path(settings.run.output_dir) / "final").exists():
+        raise DataError(f"the training of {settings.run.output_dir} was stopped before its end; start the demo again")
 
 
 def _free_port() -> int:

@@ -124,7 +124,9 @@ class _Job:
 
     def answer_share(self, evaluator: Evaluator, rank: int) -> tuple[list[Answer], list[BadRow]]:
         model = load_model(self.model_path, dtype=self.dtype, device=self.devices[rank])
-        return evaluator.answer(model, share=self.share(len(evaluator.samples), rank), control=self.control)
+        answered = evaluator.answer(model, share=self.share(len(evaluator.samples), rank), control=self.control)
+        assert answered is not None
+        return answered
 
 
 def _devices(device: str | None, num_processes: int) -> list[torch.device]:

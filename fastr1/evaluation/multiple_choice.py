@@ -61,12 +61,14 @@ class Evaluator:
         *,
         share: slice | Sequence[int] = slice(None),
         control: Control | None = None,
-    ) -> tuple[list[Answer], list[BadRow]]:
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[list[Answer], list[BadRow]] | None:
         """Answer a share of `samples`, by their places; `control` is one of `CONTROLS`, or None.
 
         Draws depend on the seed and the place of a question, not on the batch.
         Returns: the answers, and the questions whose video cannot be decoded (under the policy "error" it stops at the
-        first). The caller hands these, of all processes, to the ledger, which applies the policy.
+        first); the caller hands these, of all processes, to the ledger, which applies the policy. None once
+        `is_cancelled`, asked before every batch, says so.
         """
         if control is not None and control not in CONTROLS:
             raise DataError(f"control is {control!r}; choose from {', '.join(CONTROLS)}, or None for the clip itself")
@@ -87,6 +89,9 @@ class Evaluator:
         places = range(len(self.samples))[share] if isinstance(share, slice) else share
         with ClipPrefetcher(load, places, num_threads=threads, depth=2 * self._batch_size) as clips:
             while batch := list(islice(clips, self._batch_size)):
+                if is_cancelled():
+                    model.train(was_training)
+                    return None
                 failures += [result for _, result in batch if isinstance(result, BadRow)]
                 if failures and self._data.policy == "error":
                     break

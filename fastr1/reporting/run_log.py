@@ -8,6 +8,7 @@ completion_length, kl, eval/accuracy.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -25,6 +26,9 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 
+logger = logging.getLogger(__name__)
+
+
 class RunLogError(ValueError):
     """A run folder cannot be continued or a metric cannot be written. The message names the file and the remedy."""
 
@@ -39,6 +43,7 @@ class RunLogger:
         is_main: whether this process writes.
         start_step: updates done before this process started. Rows of later steps, left by a run that stopped after its
             last checkpoint, are dropped; 0 starts the files anew.
+        num_unlogged: how many of them are to be in the next row of metrics: one that was written for them is dropped.
         progress: the stream of the progress bar; where it is not a terminal, a plain line is printed about twenty
             times per run instead.
 
@@ -53,6 +58,7 @@ class RunLogger:
         is_main: bool,
         *,
         start_step: int = 0,
+        num_unlogged: int = 0,
         progress: TextIO | None = None,
     ) -> None:
         check_value("run.report_to", tuple(report_to))
@@ -64,13 +70,17 @@ class RunLogger:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if "jsonl" in report_to:
-            for name in (METRICS_FILE, ROLLOUTS_FILE):
-                _drop_rows_after(folder / name, start_step)
+            last_row = start_step - num_unlogged
+            for name, last in ((METRICS_FILE, last_row), (ROLLOUTS_FILE, start_step)):
+                found = _drop_rows_after(folder / name, last)
+                if name == METRICS_FILE and found < last_row:
+                    logger.warning("%s has no rows of updates %d to %d", folder / name, found + 1, last_row)
                 self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and optional
 
-            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_DIR), purge_step=start_step + 1)
+            _wait_for_a_later_name(folder / TENSORBOARD_DIR)
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_DIR), purge_step=start_step - num_unlogged + 1)
         self._progress = _Progress(total_steps, start_step, progress or sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -85,6 +95,7 @@ class RunLogger:
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()  # a run that is killed keeps every number
         self._progress.update(step, numbers)
 
     def log_rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
@@ -133,14 +144,23 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Keeps the rows up to `step`, replacing the file in one move so that a crash loses nothing."""
+def _drop_rows_after(path: Path, step: int) -> int:
+    """Keeps the rows up to `step`, replacing the file in one move so that a crash loses nothing. Returns the step of
+    the last one, 0 where there is none."""
     if not path.exists():
-        return
+        return 0
     rows = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Files of events are read in the order of their names, which begin with the second in which they were made. A run
+    that is started twice within one second would purge its own steps instead of the earlier ones."""
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
 
 
 class _Progress:

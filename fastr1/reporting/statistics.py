@@ -99,6 +99,20 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
     return rows
 
 
+def join_rows(ranks: Ranks, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all ranks with the number of their rank, in rank order, which is the order of samples. All ranks call
+    it."""
+    gathered = ranks.gather_objects(rows)
+    return [{"rank": rank, **row} for rank, part in enumerate(gathered) for row in part]
+
+
+def maxima(ranks: Ranks, values: Metrics) -> Metrics:
+    """The largest value of every name over the ranks. All ranks call it."""
+    gathered = ranks.gather_objects(values)
+    names = {name: None for part in gathered for name in part}
+    return {name: max(part[name] for part in gathered if name in part) for name in names}
+
+
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     """The mean of every metric over the rows that have it."""
     names = {name: None for row in rows for name in row}

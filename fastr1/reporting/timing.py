@@ -1,7 +1,8 @@
-"""Seconds per phase of a step, and peak memory."""
+"""Seconds per phase of a step, peak memory, and the largest of both over the ranks."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from fastr1.reporting.statistics import Metrics, Ranks, maxima
 
 
 class PhaseTimer:
@@ -44,10 +47,26 @@ class PhaseTimer:
         self._step_start = now
         return result
 
+    @property
+    def device(self) -> torch.device:
+        """What is timed."""
+        return self._device
+
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def machine_metrics(ranks: Ranks, timer: PhaseTimer, num_tokens: float) -> Metrics:
+    """Seconds since the last call and peak memory, of the rank that needed most; tokens per second of training, which
+    is as fast as the slowest rank (not a number where nothing was trained). All ranks call it."""
+    seconds = timer.pop_seconds()
+    aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
+    training = sum(value for name, value in seconds.items() if name not in aside)
+    most = maxima(ranks, {**seconds, "training": training, "peak_memory_bytes": float(peak_memory_bytes(timer.device))})
+    training = most.pop("training")
+    return {"tokens_per_second": num_tokens / training if training else math.nan, **most}
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastr1.data.bad_samples import BadSampleFile
 from fastr1.data.ledger import BadRow, BadSampleLedger
-from fastr1.schema import DataError
+from fastr1.schema import BadSample, DataError
+from fastr1.training.agreement import agreement
 from fastr1.training.distributed import DistributedModel
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,15 @@ class BadData:
         Raises: DataError where the processes do not agree on it: they would train on different samples.
         """
         known = self._distributed.gather_objects({when: ledger.rows for when, ledger in self._ledgers.items()})
+        with agreement(self._distributed):
+            self._compare(known)
+            rows = [row for ledger in self._ledgers.values() for row in ledger.rows]
+            self._file.rewrite(sorted(rows, key=lambda row: row.step))
+        if rows and self._is_main:
+            first = f"the first is {rows[0].file}, line {rows[0].line}: {rows[0].reason}"
+            logger.warning("left out so far: %d (see %s); %s", len(rows), self._file.path, first)
+
+    def _compare(self, known: list[dict[str, list[BadSample]]]) -> None:
         for rank, theirs in enumerate(known):
             for when, rows in theirs.items():
                 if differing := set(rows) ^ set(known[0][when]):
@@ -49,11 +59,6 @@ class BadData:
                         f"process {rank} does not read the same {when} file or videos as process 0: they part at line "
                         f"{row.line} of {row.file} ({row.reason}); give every machine the same files"
                     )
-        rows = [row for ledger in self._ledgers.values() for row in ledger.rows]
-        self._file.rewrite(sorted(rows, key=lambda row: row.step))
-        if rows and self._is_main:
-            first = f"the first is {rows[0].file}, line {rows[0].line}: {rows[0].reason}"
-            logger.warning("left out so far: %d (see %s); %s", len(rows), self._file.path, first)
 
     def note(self, when: str, step: int, failures: Sequence[BadRow]) -> None:
         """Leave out what failed at update `step` on any process.
@@ -61,15 +66,16 @@ class BadData:
         Raises: DataError on every process, under the policy "error" or beyond data.max_bad_fraction.
         """
         ledger = self._ledgers[when]
-        new = ledger.record(failures, step=step, when=when)
-        self._file.append(new)
-        if self._is_main:
-            for row in new:
-                count = f"{ledger.num_bad} of {ledger.num_rows} so far"
-                logger.warning(
-                    "update %d: %s, line %d is left out (%s): %s", step, row.file, row.line, count, row.reason
-                )
-        ledger.check_bound()
+        with agreement(self._distributed):
+            new = ledger.record(failures, step=step, when=when)
+            self._file.append(new)
+            if self._is_main:
+                for row in new:
+                    count = f"{ledger.num_bad} of {ledger.num_rows} so far"
+                    logger.warning(
+                        "update %d: %s, line %d is left out (%s): %s", step, row.file, row.line, count, row.reason
+                    )
+            ledger.check_bound()
 
     def state_dict(self, step: int) -> list[dict[str, Any]]:
         """What failed up to update `step`."""

@@ -30,10 +30,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from torch import nn
 from transformers.optimization import get_scheduler
 
-from fastr1.config import OptimConfig, check_deepspeed, check_value, without_auto
+from fastr1.config import OptimConfig, check_value
+from fastr1.training.agreement import agreement, collected_write_errors, on_every_rank
+from fastr1.training.deepspeed_config import check_deepspeed_keys, complete_config
+from fastr1.training.launch import STORE_FD
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
@@ -58,7 +63,8 @@ class DistributedModel:
         dtype: torch.float32, or torch.bfloat16 with fp32 master weights (ZeRO stages 1 to 3).
         num_updates: optimizer steps of the whole run, the length of the schedule.
 
-    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself).
+    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself), is_updating (inside an
+    update, or after one that failed half-way).
     Raises: DistributedError without a trainable parameter; what `build_deepspeed_config` raises.
     """
 
@@ -87,6 +93,7 @@ class DistributedModel:
         self._num_micro_steps = 0
         self._gather_depth = 0
         self._stage_0_norm = math.nan
+        self.is_updating = False
 
         optimizer = torch.optim.AdamW(
             trainable,
@@ -122,9 +129,11 @@ class DistributedModel:
         if self._num_micro_steps == 0:
             raise DistributedError("step() was called after 0 micro-steps; call backward(loss) first")
         self._num_micro_steps = 0
+        self.is_updating = True
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() if self.zero_stage > 0 else self._stage_0_norm)
         self._require_finite(norm)
+        self.is_updating = False
         return norm
 
     def _clip_at_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -136,10 +145,13 @@ class DistributedModel:
 
     def _require_finite(self, norm: float) -> None:
         if not math.isfinite(norm):
-            raise NonFiniteGradientError(
+            self.is_updating = False
+            error = NonFiniteGradientError(
                 f"the gradient norm is {norm} and the update was not applied; resume from the last checkpoint "
-                "with a lower optim.learning_rate, or look for a non-finite reward or log-probability in this batch"
+                "with a lower optim.learning_rate, named in run.allow_changed, or look for a non-finite reward or "
+                "log-probability in this batch"
             )
+            raise on_every_rank(error)  # the norm is that of all ranks
 
     @property
     def learning_rate(self) -> float:
@@ -207,14 +219,36 @@ class DistributedModel:
         dist.barrier()
 
     def save(self, directory: Path, tag: str) -> None:
-        """Write model, optimizer and schedule to `directory/tag`. All ranks call it. See `checkpoint.py`."""
-        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        """Write model, optimizer and schedule to `directory/tag`. All ranks call it. See `checkpoint.py`.
+
+        Raises: what writing raises on any rank, on all of them.
+        """
+        with collected_write_errors(self._engine) as errors:
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        with agreement(self):
+            if errors:
+                raise errors[0]
 
     def load(self, directory: Path, tag: str) -> None:
-        """Restore what `save` wrote, into a model that has not trained yet. All ranks call it."""
+        """Restore what `save` wrote, into a model that has not trained yet. All ranks call it.
+
+        Learning rate, decay, betas, epsilon and clipping are those of `optim`, whatever they were when it was written.
+        """
         path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise DistributedError(f"DeepSpeed found no checkpoint in {directory / tag}")
+        self._apply_optim()
+
+    def _apply_optim(self) -> None:
+        """DeepSpeed restores these from the checkpoint; where they are the same this changes no bit."""
+        optim, schedule = self.optim, self._scheduler
+        if self.zero_stage > 0:
+            self._engine.optimizer.clip_grad = optim.max_grad_norm
+        schedule.base_lrs = [optim.learning_rate] * len(schedule.base_lrs)
+        schedule._last_lr = [optim.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group |= {"lr": rate, "initial_lr": optim.learning_rate, "weight_decay": optim.weight_decay}
+            group |= {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
 
     def close(self) -> None:
         """Wait for the other ranks, release DeepSpeed, and destroy the process group if this object created it."""
@@ -247,8 +281,12 @@ def init_process_group() -> bool:
     backend = get_accelerator().communication_backend_name()
     if created and _is_launched():
         device = _local_device()
-        bind = device if device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1 else None
-        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        bind = device if device.type == "cuda" and world_size > 1 else None
+        place: dict[str, Any] = {}
+        if os.environ.get(STORE_FD):
+            place = {"store": _launcher_store(rank, world_size), "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind, **place)
     elif created:
         # An in-memory store needs no port, so single-process runs never collide.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PROCESS_GROUP_TIMEOUT)
@@ -256,6 +294,13 @@ def init_process_group() -> bool:
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return created
+
+
+def _launcher_store(rank: int, world_size: int) -> dist.Store:
+    """The store of `launch.py`, which has opened its port."""
+    fd = int(os.environ[STORE_FD]) if rank == 0 else None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, world_size, rank == 0, PROCESS_GROUP_TIMEOUT, master_listen_fd=fd)
 
 
 def _quieten_deepspeed() -> None:
@@ -271,6 +316,11 @@ def _local_device() -> torch.device:
     if get_accelerator().device_name() != "cuda":
         return torch.device(get_accelerator().device_name())
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.index >= torch.cuda.device_count():
+        raise DistributedError(
+            f"process {device.index + 1} of this machine has no GPU, {torch.cuda.device_count()} can be used; start "
+            "one process per GPU (--num-processes, --num_gpus)"
+        )
     torch.cuda.set_device(device)
     return device
 
@@ -278,27 +328,15 @@ def _local_device() -> torch.device:
 def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's entries plus those that follow from `optim` and `dtype`.
 
-    Raises: DistributedError for a dtype that cannot be trained in; ConfigError for what `check_deepspeed` refuses.
+    Raises: DistributedError for a dtype that cannot be trained in; ConfigError for what `check_deepspeed` refuses and
+        for what DeepSpeed does not know.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise DistributedError(f"dtype {dtype} is not supported; use torch.bfloat16 or torch.float32")
-    check_deepspeed(user, str(dtype).removeprefix("torch."))
-    config = without_auto(user)
-    zero = {"stage": 1, **config.get("zero_optimization", {})}
-    return {
-        # fp32 sums, so that splitting a batch differently does not change the update.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        **config,
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.max_grad_norm if zero["stage"] > 0 else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype is torch.bfloat16},
-    }
+    complete = complete_config(user, optim, str(dtype).removeprefix("torch."))
+    _quieten_deepspeed()
+    check_deepspeed_keys(complete, DeepSpeedConfig, DeepSpeedConfigModel)
+    return complete
 
 
 def _build_scheduler(

@@ -25,17 +25,24 @@ from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summar
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Batch, DataError, Rollout, Sample, Update
+from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun, load_policy
+from fastr1.training.stop import StopRequest
 from fastr1_kernels import GRPOOutput, group_advantages, grpo_loss, selective_log_softmax
 
 
-def run_grpo(config: TrainConfig) -> Path:
-    """Train `config.model.path` with GRPO and write the run folder.
+def run_grpo(config: TrainConfig, stop: StopRequest | None = None) -> Path:
+    """Train `config.model.path` with GRPO and write the run folder. `stop` listens for signals already.
 
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[Sample](config, load_questions, prompt_ids) as run, closing(GRPOTrainer(run)) as trainer:
+    with prepare_grpo(config, stop) as run, closing(GRPOTrainer(run)) as trainer:
         return run.train(trainer.step)
+
+
+def prepare_grpo(config: TrainConfig, stop: StopRequest | None = None) -> TrainingRun[Sample]:
+    """The run before a model is built; making it checks all that it will need."""
+    return TrainingRun[Sample](config, load_questions, prompt_ids, stop)
 
 
 class GRPOTrainer:
@@ -106,17 +113,19 @@ class GRPOTrainer:
     ) -> Batch:
         """Rewards of this rank's completions, and advantages from the rewards of all ranks."""
         grpo, device = self.grpo, self.distributed.device
-        scored = self.scorer.score(rollout.texts, [s for s in update.samples for _ in range(grpo.num_generations)])
+        with agreement(self.distributed):
+            scored = self.scorer.score(rollout.texts, [s for s in update.samples for _ in range(grpo.num_generations)])
         is_valid = update.is_valid
         row_valid = is_valid.repeat_interleave(grpo.num_generations)
         # NaN: takes no part in the statistics.
         rewards = torch.tensor(scored.rewards, dtype=torch.float64).masked_fill(~row_valid, torch.nan)
         everyone = torch.cat(self.distributed.gather_objects(rewards))
         if everyone.isnan().all():
-            raise DataError(
+            error = DataError(
                 f"update {update.step}: no video could be decoded, the first is {update.samples[0].video_path}; repair "
                 f"the videos, {self.run.output_dir / BAD_SAMPLES_FILE} has the reasons"
             )
+            raise on_every_rank(error)
         advantages = group_advantages(
             everyone,
             grpo.num_generations,

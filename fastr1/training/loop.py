@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol
@@ -18,25 +20,39 @@ import torch
 from fastr1.config import DataConfig, TrainConfig, save_config
 from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
-from fastr1.data.questions import load_questions
-from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
+from fastr1.evaluation.multiple_choice import summarise_answers
 from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
-from fastr1.reporting.run_log import METRICS_FILE, RunLogger
-from fastr1.reporting.statistics import Metrics, mean_metrics
-from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
-from fastr1.schema import DataError, S, Update
+from fastr1.models.devices import resolve_device
+from fastr1.reporting.run_log import RunLogger
+from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
+from fastr1.reporting.timing import PhaseTimer, machine_metrics
+from fastr1.schema import S, Update
+from fastr1.training.agreement import agreement, is_on_every_rank
 from fastr1.training.bad_data import BadData
-from fastr1.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastr1.training.checkpoint import load_checkpoint
 from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
-from fastr1.training.stop import StopRequest
-from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
+from fastr1.training.held_out import build_evaluator
+from fastr1.training.keeper import Keeper
+from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
+from fastr1.training.resume import run_settings
+from fastr1.training.stop import RESUME, StopRequest, machine_id, process_id
+from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
 logger = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 Step = Callable[[Update[S]], tuple[Metrics, Rows]]  # the metrics hold "num_tokens", the rows are for rollouts.jsonl
 Tokenize = Callable[[Processor, DataConfig, S], Any]  # raises DataError where a text does not fit into the model
+
+
+@dataclass
+class OpenUpdate:
+    """An update that was applied but neither evaluated nor logged yet. A checkpoint may hold it."""
+
+    step: int
+    metrics: Metrics
+    rows: Rows
 
 
 class SampleLoader(Protocol[S]):
@@ -46,18 +62,29 @@ class SampleLoader(Protocol[S]):
 
 
 class TrainingRun(Generic[S]):
-    """Model, processor and samples of a run. Use as a context manager: leaving it releases DeepSpeed.
+    """Model, processor and samples of a run.
+
+    Making one checks everything that can be checked without a model. Use it as a context manager: entering it builds
+    model, DeepSpeed and timer, leaving it releases DeepSpeed.
+
+    Args:
+        stop: what listens for signals already, if anything does; else `train` listens while it runs.
 
     Attributes: config, model, processor, distributed, samples, tokens (what `tokenize` made of each sample), order,
-    bad_data, timer, samples_per_rank (per update).
+        bad_data, timer, samples_per_rank (per update), settings (what a resume must share).
     """
 
-    def __init__(self, config: TrainConfig, load_samples: SampleLoader[S], tokenize: Tokenize[S]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        load_samples: SampleLoader[S],
+        tokenize: Tokenize[S],
+        stop: StopRequest | None = None,
+    ) -> None:
         data, optim = config.data, config.optim
         self.config = config
         self.output_dir = Path(config.run.output_dir)
-        if config.run.resume_from_checkpoint is None:
-            _refuse_used_folder(self.output_dir)
+        check_run(config)
         policy, bound = data.policy, data.max_bad_fraction
         read = load_samples(data.train_file, data.video_root, policy=policy, max_bad_fraction=bound)
         self.processor = load_processor(config.model.path)
@@ -66,8 +93,8 @@ class TrainingRun(Generic[S]):
             read, lambda sample: tokenize(self.processor, data, sample), policy=policy, max_bad_fraction=bound
         )
         self.samples: list[S] = loaded.samples
-        self._evaluator = self._build_evaluator()
-        self.model = load_policy(config)
+        self._ledger = BadSampleLedger(loaded, policy=policy, max_bad_fraction=bound)
+        self._evaluator = build_evaluator(config, self.processor)
         self.samples_per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
         self.order = SampleOrder(
             len(self.samples),
@@ -76,67 +103,151 @@ class TrainingRun(Generic[S]):
             num_epochs=optim.num_train_epochs,
             max_steps=optim.max_steps,
         )
+        check_decoder(self.samples, data, resolve_device())
+        self.stop = StopRequest() if stop is None else stop
+        self._open: OpenUpdate | None = None
+        self._unlogged: list[Metrics] = []  # of the updates since the last row of metrics
+        self.settings = run_settings(config, self.samples, launched_world_size(), self.order.prompts_per_update)
+        self._checkpoint = checkpoint_to_resume(config.run, self.settings, len(self.order))
+
+    def __enter__(self) -> TrainingRun[S]:
+        config = self.config
+        self.model = load_policy(config)
         self.distributed = DistributedModel(
-            self.model, optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
+            self.model, config.optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
-        ledger = BadSampleLedger(loaded, policy=policy, max_bad_fraction=bound)
         eval_ledger = None if self._evaluator is None else self._evaluator.ledger
-        self.bad_data = BadData(self.distributed, self.output_dir, ledger, eval_ledger)
-
-    def __enter__(self) -> TrainingRun[S]:
+        self.bad_data = BadData(self.distributed, self.output_dir, self._ledger, eval_ledger)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         # After an error on one of several ranks the others wait elsewhere: waiting for them here would hang.
-        if kind is None or self.distributed.world_size == 1:
+        if error is None or self.distributed.world_size == 1 or is_on_every_rank(error):
             self.distributed.close()
 
     def train(self, step: Step[S]) -> Path:
-        """Every remaining update; returns the folder of the exported model, or the checkpoint if asked to stop."""
-        run, stop = self.config.run, StopRequest()
-        start = self._resume()
+        """Every remaining update; returns the folder of the exported model, or the checkpoint if asked to stop.
+
+        Raises: what goes wrong, after saving the last finished update where that can be done; the message names it.
+        """
+        with self.stop.watching():
+            start, saved = self._resume()
+            keeper = Keeper(
+                self.distributed,
+                self.config.run,
+                self.stop,
+                self._state,
+                step=start,
+                saved=saved,
+                settings=self.settings,
+            )
+            try:
+                checkpoint = self._train(step, start, keeper)
+                if checkpoint is not None:
+                    return checkpoint
+                self.stop.answer = "all updates are done; writing the model"
+                export_model(self.distributed, self.model, self.processor, self.config, self.output_dir / "final")
+                return self.output_dir / "final"
+            except Exception as error:
+                raised = keeper.rescue(error)
+                raise raised from (error.__cause__ if raised is error else error)
+
+    @contextmanager
+    def _logging(self, start: int) -> Iterator[RunLogger]:
+        """The log of the run, open."""
+        log = self._start_log(start)
+        try:
+            yield log
+        except BaseException:
+            with suppress(OSError):  # of a full disk once more, in the place of what went wrong
+                log.close()
+            raise
+        with agreement(self.distributed):
+            log.close()
+
+    def _start_log(self, start: int) -> RunLogger:
         is_main = self.distributed.rank == 0
-        if is_main:
-            save_config(self.config, self.output_dir / "config.json")
+        logger.info("%s", self.describe())
+        num_unlogged = len(self._unlogged) if start < len(self.order) else 0  # a run that is over wrote its last row
+        report_to, total = self.config.run.report_to, len(self.order)
+        with agreement(self.distributed):
+            if is_main:
+                save_config(self.config, self.output_dir / "config.json")
         self.bad_data.begin()
-        decoder = describe_backend(self.config.data.backend)
-        where = f"{self.distributed.device}, {str(self.model.dtype).removeprefix('torch.')}"
-        logger.info("%d samples, %d updates on %s; videos: %s", len(self.samples), len(self.order), where, decoder)
-        log = RunLogger(self.output_dir, run.report_to, len(self.order), is_main, start_step=start)
-        unlogged: list[Metrics] = []
-        with stop.handling_signals():
+        with agreement(self.distributed):
+            log = RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
+        return log
+
+    def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
+        """Every remaining update; returns the checkpoint if asked to stop before the last."""
+        if launched_world_size() > 1:
+            ranks = self.distributed.gather_objects((machine_id(), self.distributed.rank, process_id()))
+            self.stop.watch_peers([(rank, process) for machine, rank, process in ranks if machine == machine_id()])
+        with self._logging(start - (self._open is not None)) as log:  # whose rows may be half written
+            self.distributed.barrier()
+            self.stop.exits_at_once = False  # from here on ranks wait for each other
+            if self._open is not None and (checkpoint := self._conclude(log, keeper)):
+                return checkpoint
             for update in self._updates():
                 # with nothing to train on, the update passes without a step of the optimizer
                 metrics, rows = ({"num_tokens": 0.0}, []) if update.is_lost else step(update)
-                is_last = update.step == len(self.order)
-                if run.eval_steps and update.step % run.eval_steps == 0:
-                    metrics.update(self.evaluate())
-                unlogged.append({**metrics, **self._machine_metrics(update.step, metrics["num_tokens"])})
-                is_stopping = stop.agreed(self.distributed)
-                if update.step % run.logging_steps == 0 or is_last or is_stopping:
-                    bad_samples = float(self.bad_data.num_bad)  # a count is not averaged over updates
-                    log.log(update.step, {**mean_metrics(unlogged), "bad_samples": bad_samples})
-                    unlogged.clear()
-                log.log_rollouts(update.step, rows)
-                if is_stopping or (run.save_steps and update.step % run.save_steps == 0):
-                    checkpoint = self._save(update.step)
-                if is_stopping and not is_last:
-                    log.close()
-                    logger.warning("stopped; go on with run.resume_from_checkpoint=%s", checkpoint)
+                self._open = OpenUpdate(update.step, metrics, rows)
+                keeper.finished(update.step)
+                if checkpoint := self._conclude(log, keeper):
                     return checkpoint
-        log.close()
-        export_model(self.distributed, self.model, self.processor, self.config, self.output_dir / "final")
-        return self.output_dir / "final"
+        return None
 
-    def evaluate(self) -> Metrics:
-        """Greedy accuracy on the held-out questions, shared among the ranks."""
+    def _conclude(self, log: RunLogger, keeper: Keeper) -> Path | None:
+        """Evaluate, log and save after an update as they are due; returns the checkpoint if asked to stop here."""
+        run, update = self.config.run, self._open
+        assert update is not None
+        is_last = update.step == len(self.order)
+        rates: Metrics | None = {}
+        if run.eval_steps and update.step % run.eval_steps == 0:
+            rates = self.evaluate()
+        votes = self.distributed.sum_across_ranks(torch.tensor([float(bool(self.stop)), float(keeper.is_due())]))
+        is_stopping, is_due = votes[0].item() > 0, votes.sum().item() > 0
+        if rates is not None:
+            metrics = {**update.metrics, **rates}
+            machine = machine_metrics(self.distributed, self.timer, metrics["num_tokens"])
+            self._unlogged.append({**metrics, "epoch": self.order.epoch(update.step), **machine})
+            rows, is_row = join_rows(self.distributed, update.rows), update.step % run.logging_steps == 0
+            with agreement(self.distributed):
+                if is_row or is_last:
+                    bad_samples = float(self.bad_data.num_bad)  # a count is not averaged over updates
+                    log.log(update.step, {**mean_metrics(self._unlogged), "bad_samples": bad_samples})
+                log.log_rollouts(update.step, rows)
+            if is_row:  # else a longer run that goes on from here needs them for its next row
+                self._unlogged.clear()
+            self._open = None
+            keeper.finished(update.step)
+        if is_due:
+            with self.timer.phase("checkpoint"):
+                checkpoint = keeper.save()
+        if is_stopping and (rates is None or not is_last):
+            if self.distributed.rank == 0:
+                logger.warning("stopped after update %d of %d: %s", update.step, len(self.order), RESUME)
+            return checkpoint
+        return None
+
+    def describe(self) -> str:
+        """Size of the run, where it runs and what decodes its videos, in one line."""
+        return f"{len(self.samples)} samples, {len(self.order)} updates {describe_machine(self.config)}"
+
+    def evaluate(self) -> Metrics | None:
+        """Greedy accuracy on the held-out questions, shared among the ranks; None where a stop was asked for
+        meanwhile, on any rank."""
         evaluator, ranks = self._evaluator, self.distributed
         assert evaluator is not None
-        with self.timer.phase("evaluation"), ranks.gathered_parameters():
-            mine = evaluator.answer(self.model, share=slice(ranks.rank, None, ranks.world_size))
-        shares = ranks.gather_objects(mine)
+        with self.timer.phase("evaluation"), ranks.gathered_parameters(), agreement(ranks):
+            share = slice(ranks.rank, None, ranks.world_size)
+            mine = evaluator.answer(self.model, share=share, is_cancelled=lambda: bool(self.stop))
+        everyone = ranks.gather_objects(mine)
+        if None in everyone:
+            return None
+        shares = [share for share in everyone if share is not None]
         failures = [bad for _, failures in shares for bad in failures]
         self.bad_data.note("evaluation", self.order.next_update, failures)
         summary = summarise_answers([answer for answers, _ in shares for answer in answers], evaluator.num_rows)
@@ -159,26 +270,6 @@ class TrainingRun(Generic[S]):
         size = self.config.optim.per_device_train_batch_size
         for start in range(0, num_samples, size):
             yield slice(start, start + size)
-
-    def _build_evaluator(self) -> Evaluator | None:
-        data, run = self.config.data, self.config.run
-        if not run.eval_steps:
-            return None
-        assert data.eval_file is not None
-        held_out = load_questions(
-            data.eval_file,
-            data.eval_video_root or data.video_root,
-            policy=data.policy,
-            max_bad_fraction=data.max_bad_fraction,
-            limit=run.eval_samples,
-        )
-        return Evaluator(
-            held_out,
-            self.processor,
-            data,
-            batch_size=run.per_device_eval_batch_size,
-            max_completion_length=self.config.grpo.max_completion_length,
-        )
 
     def _blank(self) -> torch.Tensor:
         return self.processor.blank_pixels(max(self.config.data.num_frames, 1)).to(self.distributed.device)
@@ -207,8 +298,9 @@ class TrainingRun(Generic[S]):
         num_threads, depth = self.config.data.num_decode_threads, 2 * self.samples_per_rank
         with ClipPrefetcher(self._load, self._places(), num_threads=num_threads, depth=depth) as clips:
             for update in range(self.order.next_update, len(self.order)):
-                with self.timer.phase("decode_wait"):
+                with self.timer.phase("decode_wait"), agreement(self.distributed):
                     loaded = list(itertools.islice(clips, self.samples_per_rank))
+                with self.timer.phase("decode_wait"):
                     mine = [result for _, result in loaded if isinstance(result, BadRow)]
                     failures = [bad for share in self.distributed.gather_objects(mine) for bad in share]
                 assert len(loaded) == self.samples_per_rank
@@ -220,39 +312,31 @@ class TrainingRun(Generic[S]):
                 is_lost = len(failures) == self.order.prompts_per_update
                 yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels, is_lost)
 
-    def _machine_metrics(self, step: int, num_tokens: float) -> Metrics:
-        """Position in the data, seconds, tokens per second of training, memory."""
-        seconds = self.timer.pop_seconds()
-        aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
-        training_seconds = sum(value for name, value in seconds.items() if name not in aside)
-        return {
-            "epoch": self.order.epoch(step),
-            **seconds,
-            "tokens_per_second": num_tokens / training_seconds,
-            "peak_memory_bytes": float(peak_memory_bytes(self.distributed.device)),
-        }
-
-    def _resume(self) -> int:
-        """Updates already done: restores everything from the checkpoint named in the configuration, if any."""
-        checkpoint = self.config.run.resume_from_checkpoint
-        if checkpoint is None:
-            return 0
-        step, state = load_checkpoint(self.distributed, checkpoint, self.output_dir)
-        if not {"order", "bad_samples"} <= state.keys():
-            raise CheckpointError(
-                f"checkpoint {checkpoint} has no order of samples or no list of bad ones: it was written by another "
-                "version of fastr1; resume it there, or start a new run from an exported model (model.path)"
-            )
+    def _resume(self) -> tuple[int, Path | None]:
+        """Restores everything from the checkpoint named in the configuration, if any: updates done, and its folder."""
+        if self._checkpoint is None:
+            return 0, None
+        step, state = load_checkpoint(
+            self.distributed,
+            self._checkpoint,
+            self.output_dir,
+            settings=self.settings,
+            allow_changed=self.config.run.allow_changed,
+        )
         self.order.load_state_dict(state["order"])
         self.bad_data.load_state_dict(state["bad_samples"])
-        logger.info("resumed from %s at update %d", checkpoint, step)
-        return step
+        self._unlogged, self._open = state["unlogged"], state["open"]
+        logger.info("resumed from %s at update %d", self._checkpoint, step)
+        return step, self._checkpoint
 
-    def _save(self, step: int) -> Path:
-        state = {"order": self.order.state_dict(), "bad_samples": self.bad_data.state_dict(step)}
-        limit = self.config.run.save_total_limit
-        with self.timer.phase("checkpoint"):
-            return save_checkpoint(self.distributed, self.output_dir, step, state, save_total_limit=limit)
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model."""
+        return {
+            "order": self.order.state_dict(),
+            "bad_samples": self.bad_data.state_dict(self.order.next_update),
+            "unlogged": self._unlogged,
+            "open": self._open,
+        }
 
 
 def load_policy(config: TrainConfig) -> VideoLanguageModel:
@@ -263,13 +347,3 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def _refuse_used_folder(folder: Path) -> None:
-    """A new run would mix its log and checkpoints with those of the run before it."""
-    for name in (METRICS_FILE, "checkpoints", "final"):
-        if (folder / name).exists():
-            raise DataError(
-                f"{folder} holds an earlier run ({name}): choose another run.output_dir, delete that folder, or go on "
-                "with run.resume_from_checkpoint=last"
-            )

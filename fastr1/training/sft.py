@@ -17,18 +17,25 @@ from fastr1.data.conversations import load_conversations
 from fastr1.models.texts import conversation_ids
 from fastr1.reporting.statistics import Metrics, TokenSums
 from fastr1.schema import DataError, SftSample, Update
+from fastr1.training.agreement import on_every_rank
 from fastr1.training.loop import Rows, TrainingRun
+from fastr1.training.stop import StopRequest
 from fastr1_kernels import selective_log_softmax
 
 
-def run_sft(config: TrainConfig) -> Path:
+def run_sft(config: TrainConfig, stop: StopRequest | None = None) -> Path:
     """Fine-tune `config.model.path` on the answers of `config.data.train_file` and write the run folder.
 
-    `config.data.instruction` is not used: the questions of these files carry theirs.
+    `config.data.instruction` is not used: the questions of these files carry theirs. `stop` listens already.
     Returns: the folder of the exported model, or the checkpoint where a signal stopped the run early.
     """
-    with TrainingRun[SftSample](config, load_conversations, conversation_ids) as run:
+    with prepare_sft(config, stop) as run:
         return run.train(SftTrainer(run).step)
+
+
+def prepare_sft(config: TrainConfig, stop: StopRequest | None = None) -> TrainingRun[SftSample]:
+    """The run before a model is built; making it checks all that it will need."""
+    return TrainingRun[SftSample](config, load_conversations, conversation_ids, stop)
 
 
 def answer_logps(
@@ -60,7 +67,10 @@ class SftTrainer:
         num_samples = distributed.sum_across_ranks(is_valid.sum().double()).item()
         if num_samples == 0:
             reasons = self.run.output_dir / BAD_SAMPLES_FILE
-            raise DataError(f"update {update.step}: no video could be decoded; repair them, {reasons} has the reasons")
+            error = DataError(
+                f"update {update.step}: no video could be decoded; repair them, {reasons} has the reasons"
+            )
+            raise on_every_rank(error)
         is_valid = is_valid.to(distributed.device)
         sums = TokenSums()
         with timer.phase("train"):

@@ -363,7 +363,9 @@ def test_owned_deepspeed_key_names_the_key_to_use_instead(tmp_path: Path, key: s
 
 def test_remedies_for_deepspeed_keys_name_fields_that_exist() -> None:
     known = {
-        f"{section}.{field.name}" for section in ("model", "optim") for field in fields(getattr(TrainConfig(), section))
+        f"{section}.{field.name}"
+        for section in ("model", "optim", "run")
+        for field in fields(getattr(TrainConfig(), section))
     }
     for words in DEEPSPEED_OWNED_KEYS.values():
         for word in words.replace(",", "").split():

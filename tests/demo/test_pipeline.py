@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from fastr1 import cli
+from fastr1.config import load_config, save_config
 from fastr1.demo import pipeline
 from fastr1.evaluation.multiple_choice import CONTROLS
 from fastr1.schema import DataError
 
+LAUNCH = pipeline.launch
 ROOT = Path(__file__).resolve().parents[2]
 RATES = {None: 0.71, "shuffled_frames": 0.41, "repeated_frame": 0.29, "blank_video": 0.19}
 
@@ -127,9 +129,29 @@ def test_a_run_that_no_demo_made_is_never_deleted(tmp_path: Path, stages: Stages
     pipeline.run_demo(tmp_path)
     (tmp_path / name / pipeline.MARK).unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(DataError, match=rf"{name} was not made by a demo.*--output-dir"):
+    with pytest.raises(DataError, match=rf"{name} holds a run that no demo made.*--output-dir"):
         pipeline.run_demo(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
+    tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "grpo"
+    changes = [f"run.output_dir={run}"]
+    pipeline.run_demo(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.subprocess, "run", lambda command, check: None)
+        with pytest.raises(DataError, match="grpo was stopped before its end; start the demo again"):
+            LAUNCH(pipeline.GRPO_CONFIG, changes)
+        (run / "final").mkdir()
+        LAUNCH(pipeline.GRPO_CONFIG, changes)
+    save_config(load_config(pipeline.GRPO_CONFIG, changes), run / "config.json")  # as the training does
+    pipeline.run_demo(tmp_path)
+    for resumed in ([], ["run.resume_from_checkpoint=last"]):  # of the second demo nothing was begun
+        save_config(load_config(pipeline.GRPO_CONFIG, [*changes, *resumed]), run / "config.json")
+        with pytest.raises(DataError, match="grpo holds a run that no demo made, or that was gone on with by hand"):
+            pipeline.run_demo(tmp_path)
 
 
 def test_an_empty_folder_is_used(tmp_path: Path, stages: Stages) -> None:

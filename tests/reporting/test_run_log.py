@@ -68,6 +68,19 @@ def test_resume_drops_a_row_cut_short_by_a_kill(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_rows_that_a_resume_should_find_but_does_not_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, 1, 3)
+    run(tmp_path, 4, 4, start_step=3)
+    assert not caplog.records
+    run(tmp_path, 7, 7, start_step=6)
+    assert "metrics.jsonl has no rows of updates 5 to 6" in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    run(tmp_path, 8, 8, start_step=7)
+    assert "metrics.jsonl has no rows of updates 1 to 7" in caplog.text
+
+
 def test_start_at_zero_begins_the_files_anew(tmp_path: Path) -> None:
     run(tmp_path, 0, 5)  # a row of step 0, measured before the first update, is dropped like the rest
     run(tmp_path, 1, 2)
@@ -112,6 +125,16 @@ def test_report_to_chooses_the_writers(tmp_path: Path) -> None:
 def test_a_metric_may_not_take_the_name_of_the_row_number(tmp_path: Path) -> None:
     with pytest.raises(RunLogError, match="step"):
         make_logger(tmp_path).log(1, {"step": 2.0})
+
+
+def test_tensorboard_has_every_number_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = make_logger(tmp_path, report_to=("tensorboard",))
+    logger.log(1, {f"rewards/{i}": i / 8 for i in range(400)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # what a killed run would leave
+    assert [events.Scalars(f"rewards/{i}")[0].value for i in range(400)] == [i / 8 for i in range(400)]
+    logger.close()
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastr1.reporting.timing import PhaseTimer, peak_memory_bytes
+from fastr1.reporting.timing import PhaseTimer, machine_metrics, peak_memory_bytes
 
 
 def test_phases_add_up_and_are_reset_by_reading() -> None:
@@ -57,3 +59,34 @@ def test_peak_memory_of_a_process_is_in_bytes_and_at_least_what_it_holds() -> No
     peak = peak_memory_bytes("cpu")
     assert block.nbytes < resident <= peak + (1 << 20)  # the kernel counts pages in batches
     assert peak < 100 * resident  # KiB taken for bytes, or the reverse, would be a factor of 1024
+
+
+class TwoRanks:
+    """Ranks of which the other one needed this much."""
+
+    def __init__(self, **other: float) -> None:
+        self.other = other
+
+    def gather_objects(self, value: dict[str, float]) -> list[dict[str, float]]:
+        return [value, {**dict.fromkeys(value, 0.0), **self.other}]
+
+    def sum_across_ranks(self, tensor: Any) -> Any:
+        raise AssertionError("a maximum is asked for")
+
+
+def test_the_rank_that_needed_most_is_reported() -> None:
+    timer = PhaseTimer("cpu")
+    with timer.phase("train"):
+        time.sleep(0.02)
+    ranks = TwoRanks(**{"time/step_seconds": 9.0, "peak_memory_bytes": float(1 << 60), "training": 8.0})
+    metrics = machine_metrics(ranks, timer, num_tokens=16.0)
+    assert metrics["peak_memory_bytes"] == 1 << 60
+    assert metrics["time/step_seconds"] == 9
+    assert metrics["time/train_seconds"] >= 0.02  # here this rank was the slower one
+    assert metrics["tokens_per_second"] == 2
+    assert set(metrics) == {"peak_memory_bytes", "time/step_seconds", "time/train_seconds", "tokens_per_second"}
+
+
+def test_tokens_per_second_without_any_training_is_no_number() -> None:
+    metrics = machine_metrics(TwoRanks(), PhaseTimer("cpu"), num_tokens=16.0)
+    assert math.isnan(metrics["tokens_per_second"])

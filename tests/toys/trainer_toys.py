@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,27 @@ ROOT = TOYS.parents[1]
 def vowel_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
     """Share of vowels: varies among the completions of a random model, which never gets a format right."""
     return [sum(c in "aeiou" for c in text.lower()) / max(len(text), 1) for text in completions]
+
+
+def slow_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
+    """The same after as many seconds as the environment says: an update that takes long."""
+    time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+    return vowel_reward(completions, solutions, samples)
+
+
+BEFORE_SCORING: list[Callable[[int], None]] = []  # called with the number of the update, from 1
+
+
+def hooked_reward(completions: list[str], solutions: list[str], samples: list[Sample]) -> list[float]:
+    """The same after calling the hooks, with which a test fails an update, or asks for a stop in it."""
+    if len(completions) > 1:  # not one by one, as after an error
+        hooked_reward.update += 1
+    for hook in BEFORE_SCORING:
+        hook(hooked_reward.update)
+    return vowel_reward(completions, solutions, samples)
+
+
+hooked_reward.update = 0
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import trainer_toys
 from distributed_toys import run_on_two_ranks
+from rescue_toys import fail_on_one_rank
 from torch.testing import assert_close
 from trainer_toys import (
     INSTRUCTION,
@@ -27,6 +29,7 @@ from trainer_toys import (
 )
 
 import fastr1.evaluation.multiple_choice
+import fastr1.reporting.timing
 import fastr1.training.grpo
 from fastr1.config import load_config, save_config
 from fastr1.data.questions import load_questions
@@ -37,9 +40,10 @@ from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.reporting.run_log import read_rows
 from fastr1.reporting.statistics import mean_metrics
 from fastr1.schema import DataError, Sample, Update
-from fastr1.training.checkpoint import CheckpointError
+from fastr1.training.checkpoint import find_last_checkpoint
 from fastr1.training.grpo import GRPOTrainer, run_grpo
 from fastr1.training.loop import TrainingRun
+from fastr1.training.stop import RESUME
 from fastr1_kernels import LOSSES
 
 ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -102,23 +106,73 @@ def test_result_does_not_depend_on_accumulation(world: Path, tmp_path: Path, los
             assert row == pytest.approx(expected_row, abs=2e-5)
 
 
+def slow_down(owner: Any, name: str, seconds: float) -> None:
+    original = getattr(owner, name)
+
+    def slow(*args: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args)
+
+    setattr(owner, name, slow)
+
+
 def _train_in_two_processes(rank: int, folder: Path) -> None:
     sys.path.insert(0, str(TOYS))
     halves = {"optim__per_device_train_batch_size": 1, "optim__gradient_accumulation_steps": 2, "grpo__beta": 0.1}
     questions = str(folder / "world" / "questions.jsonl")
     evaluation = {"run__eval_steps": 2, "data__eval_file": questions}
+    fastr1.reporting.timing.peak_memory_bytes = lambda device: (7 if rank else 5) << 40
+    if rank == 1:
+        slow_down(trainer_toys, "vowel_reward", seconds=0.1)
     for name, stage in (("one", {"zero_optimization": {"stage": 1}}), ("three", ZERO_3)):
         run_grpo(make_config(folder / "world", folder / name, deepspeed=stage, **halves, **evaluation))
+    fail_on_one_rank(rank, folder)
 
 
-def test_two_processes_equal_one(world: Path, plain: Path, tmp_path: Path) -> None:
-    shutil.copytree(world, tmp_path / "world")
-    run_on_two_ranks(_train_in_two_processes, tmp_path)
+@pytest.fixture(scope="module")
+def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs in two processes; starting them is what takes long."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(world, folder / "world")
+    run_on_two_ranks(_train_in_two_processes, folder)
+    return folder
+
+
+def test_two_processes_equal_one(two_processes: Path, plain: Path) -> None:
     for name in ("one", "three"):
-        assert_same(exported(tmp_path / name / "final"), exported(plain / "final"))
-        for row, expected in zip(metrics_of(tmp_path / name), metrics_of(plain), strict=True):
+        assert_same(exported(two_processes / name / "final"), exported(plain / "final"))
+        for row, expected in zip(metrics_of(two_processes / name), metrics_of(plain), strict=True):
             assert {key: row[key] for key in expected} == pytest.approx(expected, abs=2e-5)
-        assert metrics_of(tmp_path / name)[1]["eval/num_questions"] == 6
+        assert metrics_of(two_processes / name)[1]["eval/num_questions"] == 6
+        # the rank that needed most: rank 1 has the higher peak and waits in its reward function
+        for row in read_rows(two_processes / name / "metrics.jsonl"):
+            assert row["peak_memory_bytes"] == 7 << 40
+            assert row["time/step_seconds"] > row["time/reward_seconds"] > 0.1
+            assert row["num_tokens"] / row["tokens_per_second"] > 0.1
+        rollouts, expected_rollouts = (read_rows(f / "rollouts.jsonl") for f in (two_processes / name, plain))
+        assert [row.pop("rank") for row in rollouts] == [0] * 6 + [1] * 6 + [0] * 6 + [1] * 6
+        for row, expected in zip(rollouts, expected_rollouts, strict=True):
+            assert expected.pop("rank") == 0
+            assert Path(row.pop("video")).name == Path(expected.pop("video")).name
+            assert row.pop("advantage") == pytest.approx(expected.pop("advantage"), abs=1e-5)
+            assert row == expected
+
+
+def test_error_on_one_of_two_ranks_hangs_and_loses_nothing(two_processes: Path) -> None:
+    folder = two_processes
+    told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
+    assert [told[rank][name][0] for name in ("whole", "reward resumed") for rank in range(2)] == [""] * 4
+    for name, error in (("reward", "RewardError"), ("disk", "DiskError"), ("evaluation", "VideoError")):
+        (kind, text), (own_kind, own_text) = told[0][name], told[1][name]
+        last = folder / name / "checkpoints" / "step-000002"
+        assert (kind, own_kind) == ("PeerError", error)
+        assert text.startswith("rank 1 failed: ")
+        assert f"{last}: {RESUME}" in own_text
+        assert ("could not be saved (writing it failed)" in own_text) == (name == "disk")
+        assert sorted(path.name for path in last.parent.iterdir()) == [last.name]
+        assert find_last_checkpoint(folder / name).parent == last.parent
+    assert_same(exported(folder / "reward" / "final"), exported(folder / "whole" / "final"), tolerance=0)
+    assert metrics_of(folder / "reward") == metrics_of(folder / "whole")
 
 
 @pytest.mark.parametrize("zero", [{"zero_optimization": {"stage": s}} for s in (0, 2)] + [ZERO_3], ids=["0", "2", "3"])
@@ -169,17 +223,6 @@ def test_two_updates_resume_and_two_updates_equal_four_exactly(world: Path, tmp_
         assert torch.equal(resumed[name], value), name
     assert metrics_of(halves) == metrics_of(whole)
     assert read_rows(halves / "rollouts.jsonl") == read_rows(whole / "rollouts.jsonl")
-
-
-def test_checkpoint_without_the_order_of_samples_is_refused(world: Path, tmp_path: Path) -> None:
-    train(world, tmp_path, optim__max_steps=1, run__save_steps=1)
-    (file,) = (tmp_path / "checkpoints" / "step-000001").glob("rank-*.pt")
-    size, state = file.stat().st_size, torch.load(file, weights_only=False)
-    state["trainer"] = {"xxxxx": state["trainer"]["order"]}  # a key as long as the old one keeps the size
-    torch.save(state, file)
-    assert file.stat().st_size == size
-    with pytest.raises(CheckpointError, match="written by another version"):
-        train(world, tmp_path, optim__max_steps=2, run__resume_from_checkpoint="last")
 
 
 # What must change, and what must not
@@ -252,7 +295,10 @@ def test_prompt_that_would_be_cut_stops_the_run_before_its_first_update(world: P
 
 def test_new_run_refuses_a_folder_with_an_earlier_one(world: Path, plain: Path) -> None:
     before = (plain / "metrics.jsonl").read_bytes()
-    with pytest.raises(DataError, match=r"holds an earlier run \(metrics\.jsonl\).*resume_from_checkpoint=last"):
+    typed = re.escape(f"--set run.output_dir={plain}-2")
+    with pytest.raises(
+        DataError, match=rf"holds an earlier run \(metrics\.jsonl, .*final\): add {typed} to the command"
+    ):
         train(world, plain, run__seed=7)
     assert (plain / "metrics.jsonl").read_bytes() == before
 
@@ -336,26 +382,6 @@ def test_run_folder(world: Path, plain: Path) -> None:
     )
     assert not (plain / "checkpoints").exists()
     assert read_recorded(plain / "final") == Recorded(4, None, INSTRUCTION, "pyav")
-
-
-def test_sigterm_finishes_the_step_saves_and_resumes(world: Path, tmp_path: Path) -> None:
-    config = make_config(world, tmp_path / "run", optim__max_steps=100_000)
-    save_config(config, tmp_path / "config.json")
-    command = [sys.executable, str(ROOT / "fastr1" / "train.py"), "--config", str(tmp_path / "config.json")]
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    assert "SIGTERM received" in errors
-    last = read_rows(metrics)[-1]["step"]
-    checkpoint = tmp_path / "run" / "checkpoints" / f"step-{last:06d}"
-    assert json.loads((checkpoint / "manifest.json").read_text())["step"] == last
-    train(world, tmp_path / "run", optim__max_steps=last + 1, run__resume_from_checkpoint="last")
-    assert [row["step"] for row in read_rows(metrics)] == list(range(1, last + 2))
 
 
 @pytest.mark.slow
