@@ -34,7 +34,7 @@ from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.keeper import Keeper
 from fastr1.training.run_folder import refuse_used_folder
-from fastr1.training.stop import RESUME, StopRequest, machine_id, process_id
+from fastr1.training.stop import RESUME, SAVING, StopRequest, machine_id, process_id
 from fastr1.video import ClipPrefetcher, VideoError, describe_backend, load_pixels
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ class TrainingRun(Generic[S]):
             try:
                 checkpoint = self._train(step, start, keeper)
                 if checkpoint is not None:
+                    if self.distributed.rank == 0:
+                        logger.warning("stopped after update %d of %d: %s", keeper.step, len(self.order), RESUME)
                     return checkpoint
                 self.stop.answer = "all updates are done; writing the model"
                 export_model(self.distributed, self.model, self.processor, self.output_dir / "final")
@@ -175,7 +177,9 @@ class TrainingRun(Generic[S]):
         is_last = update.step == len(self.order)
         rates: Metrics | None = {}
         if run.eval_steps and update.step % run.eval_steps == 0:
+            self.stop.answer = "leaving the evaluation, which is repeated after a resume, then saving"
             rates = self.evaluate()
+            self.stop.answer = SAVING
         votes = self.distributed.sum_across_ranks(torch.tensor([float(bool(self.stop)), float(keeper.is_due())]))
         is_stopping, is_due = votes[0].item() > 0, votes.sum().item() > 0
         if rates is not None:
@@ -192,8 +196,6 @@ class TrainingRun(Generic[S]):
             with self.timer.phase("checkpoint"):
                 checkpoint = keeper.save()
         if is_stopping and (rates is None or not is_last):
-            if self.distributed.rank == 0:
-                logger.warning("stopped after update %d of %d: %s", update.step, len(self.order), RESUME)
             return checkpoint
         return None
 

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ LOOK_EVERY_SECONDS = 0.5
 DEAD_RANK_SECONDS = 10.0  # what the others have to fail on their own, with a message that says more
 LAUNCHER_SECONDS = 20.0  # DeepSpeed's launcher waits for 30
 SAME_CTRL_C_SECONDS = 1.0  # some wrappers pass on the Ctrl-C that the terminal has sent to all already
+SAVING = "finishing this update, then saving"
 RESUME = "go on with the same command and --set run.resume_from_checkpoint=last"
 
 
@@ -46,7 +48,7 @@ class StopRequest:
 
     def __init__(self, *, exits_at_once: bool = False) -> None:
         self.reason: str | None = None
-        self.answer = "finishing this update, then saving"
+        self.answer = SAVING
         self.exits_at_once = exits_at_once
         self.kept = "no checkpoint was written"
         self._rank = int(os.environ.get("RANK") or 0)
@@ -111,7 +113,8 @@ class StopRequest:
         if self.exits_at_once:
             self.leave(f"{reason}: stopped before the first update; start again with the same command", 0)
         if self._rank == 0:
-            logger.warning("%s: %s", reason, self.answer)
+            end_of_bar = "\n" if sys.stderr.isatty() else ""  # of the progress bar
+            logger.warning("%s%s: %s", end_of_bar, reason, self.answer)
 
     def _watch(self, heard: int) -> None:
         while self._is_watching:

@@ -51,6 +51,12 @@ with stop.watching():
 WAIT = "while not stop: time.sleep(0.02)"
 
 
+def listen() -> None:
+    """In a child before it begins: tests may be run in the background, where the shell has Ctrl-C ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def until(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -77,6 +83,7 @@ class Run:
             env=child_environment(),
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=listen,
         )
         until(lambda: self.parent.poll() is not None or all((folder / rank).exists() for rank in "01"), 20)
         assert self.parent.poll() is None, self.parent.communicate()
@@ -209,6 +216,7 @@ class Training:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=listen,
             )
         self.folder = folder
         metrics = self.output / "metrics.jsonl"
@@ -289,7 +297,7 @@ def test_any_moment_of_the_run(world: Path, tmp_path: Path, num_processes: int) 
         output = tmp_path / str(number)
         save_config(make_config(world, output, optim__max_steps=6, **evaluation, **batch), tmp_path / "config.json")
         command = [*FASTR1[:-1], str(num_processes), "--config", str(tmp_path / "config.json")]
-        child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True, preexec_fn=listen)
         time.sleep(0.3 + 0.3 * number)
         child.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
         _, errors = child.communicate(timeout=60)
