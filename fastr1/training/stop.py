@@ -33,6 +33,7 @@ DEAD_RANK_SECONDS = 10.0  # what the others have to fail on their own, with a me
 LAUNCHER_SECONDS = 20.0  # DeepSpeed's launcher waits for 30
 SAME_CTRL_C_SECONDS = 1.0  # some wrappers pass on the Ctrl-C that the terminal has sent to all already
 SAVING = "finishing this update, then saving"
+DEAD = "0:never"  # the `process_id` of no process
 RESUME = "go on with the same command and --set run.resume_from_checkpoint=last"
 
 
@@ -196,13 +197,15 @@ def _launchers() -> list[str]:
         return []
     parent = os.getppid()
     found = [process_id(parent)]
-    if _is_deepspeed(parent) and os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]:
-        found.append(process_id(int(_process_fields(parent)[2] or 0)))
-    return [process for process in found if process != ":" and process]
+    if "deepspeed.launcher.launch" in _command(parent) and os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]:
+        command = int(_process_fields(parent)[2] or 0)
+        # The command died before this process began: its place was taken by the first process of the machine.
+        found.append(process_id(command) if command != 1 or "deepspeed" in _command(1) else DEAD)
+    return [process for process in found if process != ":"]
 
 
-def _is_deepspeed(pid: int) -> bool:
+def _command(pid: int) -> str:
     try:
-        return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return False
+        return ""

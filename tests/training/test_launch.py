@@ -192,12 +192,57 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     assert done.stdout == "None\n", done.stderr
 
 
+IMPATIENT = """
+import os, signal, subprocess, sys, time
+name, folder = sys.argv[1:3]
+env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+rank = subprocess.Popen([sys.executable, f"{folder}/rank.py", folder], env=env)
+def stop(number, frame):
+    rank.terminate()
+    time.sleep(1)
+    rank.kill()
+signal.signal(signal.SIGTERM, stop)
+rank.wait()
+"""
+
+
+def test_a_launcher_that_would_not_wait_is_ended_first(tmp_path: Path) -> None:
+    body = "module.LAUNCHER_SECONDS = 0.2; wait()\n    time.sleep(1.2)"
+    (tmp_path / "rank.py").write_text(
+        RANK.replace("BODY", body)
+        .replace("with stop", "def wait():\n    while not stop: time.sleep(0.02)\nwith stop")
+        .replace('for r in "01"', 'for r in "0"')
+        .replace("in (0, 1)", "in (0,)")
+    )
+    (tmp_path / "launcher.py").write_text(IMPATIENT)
+    command = [sys.executable, str(tmp_path / "launcher.py"), "deepspeed.launcher.launch", str(tmp_path)]
+    launcher = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, preexec_fn=listen)
+    until(lambda: (tmp_path / "0").exists(), 20)
+    time.sleep(0.1)
+    launcher.terminate()
+    until(lambda: (tmp_path / "saved 0").exists(), 20)
+    assert launcher.wait() == -signal.SIGKILL
+
+
 # The whole run
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+def processes_of(config: Path) -> dict[int, str]:
+    """Number and command line of all that runs with this configuration."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(config) in command and is_running(int(path.name)):
+            found[int(path.name)] = command
+    return found
 
 
 class Training:
@@ -225,16 +270,7 @@ class Training:
         time.sleep(seconds / 2)  # into the middle of an update
 
     def processes(self) -> dict[int, str]:
-        """Number and command line of all that runs of it."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if str(self.folder / "config.json") in command and is_running(int(path.name)):
-                found[int(path.name)] = command
-        return found
+        return processes_of(self.folder / "config.json")
 
     def assert_saved_and_gone(self, seconds: float) -> None:
         until(lambda: self.launcher.poll() is not None and not self.processes(), seconds)
@@ -285,6 +321,18 @@ def test_deepspeed_launcher(world: Path, tmp_path: Path, whom: str, number: sign
     else:
         os.kill(run.launcher.pid if whom == "command" else launcher, number)
     run.assert_saved_and_gone(seconds + 30)
+
+
+@pytest.mark.slow
+def test_deepspeed_command_that_dies_before_its_launcher_starts_the_ranks(world: Path, tmp_path: Path) -> None:
+    save_config(make_config(world, tmp_path / "run", optim__max_steps=100_000), tmp_path / "config.json")
+    command = [*DEEPSPEED, "--config", str(tmp_path / "config.json")]
+    child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until(lambda: sum("launcher.launch" in line for line in processes_of(tmp_path / "config.json").values()))
+    child.kill()
+    child.wait()
+    until(lambda: not processes_of(tmp_path / "config.json"), 60)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
