@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from trainer_toys import ROOT, child_environment, make_config, write_world
 
-from fastr1.config import save_config
+from fastr1.config import load_config, save_config
 from fastr1.reporting.run_log import read_rows
 from fastr1.training.checkpoint import find_last_checkpoint
 from fastr1.training.stop import RESUME
@@ -321,6 +321,23 @@ def test_deepspeed_launcher(world: Path, tmp_path: Path, whom: str, number: sign
     else:
         os.kill(run.launcher.pid if whom == "command" else launcher, number)
     run.assert_saved_and_gone(seconds + 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [FASTR1, DEEPSPEED], ids=["fastr1", "deepspeed"])
+def test_sigkill_costs_what_save_minutes_says(world: Path, tmp_path: Path, launcher: list[str]) -> None:
+    run = Training(world, tmp_path, launcher, 0.5, run__save_minutes=2 / 60)
+    time.sleep(8)
+    for pid in run.processes():
+        os.kill(pid, signal.SIGKILL)
+    run.launcher.wait()
+    last = read_rows(run.output / "metrics.jsonl")[-1]["step"]
+    step = int(find_last_checkpoint(run.output).name.removeprefix("step-"))
+    assert 0 < step <= last <= step + 6
+    config = load_config(tmp_path / "config.json", ["run.resume_from_checkpoint=last", f"optim.max_steps={last + 1}"])
+    save_config(config, tmp_path / "config.json")
+    subprocess.run([*launcher, "--config", str(tmp_path / "config.json")], env=child_environment(), check=True)
+    assert [row["step"] for row in read_rows(run.output / "metrics.jsonl")] == list(range(1, last + 2))
 
 
 @pytest.mark.slow
