@@ -33,6 +33,8 @@ class Keeper:
         step: updates done by the checkpoint the run was resumed from, 0 for a new run.
         saved: that checkpoint.
         settings: what a run that goes on from a checkpoint must share.
+
+    Attributes: step (updates finished).
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Keeper:
 
     def finished(self, step: int) -> None:
         """Update `step` was applied: note all that a checkpoint of it needs and that later work will change."""
-        self._step, self._is_saved, self._has_failed = step, False, False
+        self.step, self._is_saved, self._has_failed = step, False, False
         self._state = copy.deepcopy(self._trainer_state())
         self._random = random_state(self._distributed)
 
@@ -67,7 +69,7 @@ class Keeper:
         """Whether a checkpoint should be written by now, as far as this rank can tell."""
         run, minutes = self._run, (time.monotonic() - self._saved_at) / 60
         is_time = self._distributed.rank == 0 and 0 < run.save_minutes <= minutes
-        return is_time or bool(run.save_steps and self._step % run.save_steps == 0)
+        return is_time or bool(run.save_steps and self.step % run.save_steps == 0)
 
     def save(self) -> Path:
         """Write the last finished update, unless that was done. All ranks call it.
@@ -79,7 +81,7 @@ class Keeper:
             folder = save_checkpoint(
                 self._distributed,
                 self._run.output_dir,
-                self._step,
+                self.step,
                 self._state,
                 save_total_limit=self._run.save_total_limit,
                 generators=self._random,
@@ -93,7 +95,7 @@ class Keeper:
 
     def _note_saved(self, folder: Path) -> None:
         self._saved, self._is_saved = folder, True
-        self._stop.kept = f"update {self._step} is saved in {folder}: {RESUME}"
+        self._stop.kept = f"update {self.step} is saved in {folder}: {RESUME}"
 
     def rescue(self, error: Exception) -> Exception:
         """Save the last finished update before `error` ends the run, where the state in memory is still that update's.
@@ -114,7 +116,7 @@ class Keeper:
 
     def _keep(self, error: Exception) -> str:
         """Saves if that can be done; what is there to go on from, as a sentence."""
-        if self._step == 0:
+        if self.step == 0:
             return "No update was finished: start again with the same command"
         reason = ""
         if not self._is_saved:
@@ -125,9 +127,9 @@ class Keeper:
                 except Exception as failure:  # the error that ends the run is the first one
                     reason = f"{failure}"
         if not reason:
-            return f"Update {self._step} is saved in {self._saved}: {RESUME}"
+            return f"Update {self.step} is saved in {self._saved}: {RESUME}"
         last = f"the last complete checkpoint is {self._saved}: {RESUME}" if self._saved else "there is no checkpoint"
-        return f"Update {self._step} could not be saved ({reason}); {last}"
+        return f"Update {self.step} could not be saved ({reason}); {last}"
 
     def _reason_not_to_save(self, error: Exception) -> str:
         if self._distributed.is_updating:

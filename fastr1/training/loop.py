@@ -36,7 +36,7 @@ from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
-from fastr1.training.stop import RESUME, StopRequest, machine_id, process_id
+from fastr1.training.stop import RESUME, SAVING, StopRequest, machine_id, process_id
 from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,8 @@ class TrainingRun(Generic[S]):
             try:
                 checkpoint = self._train(step, start, keeper)
                 if checkpoint is not None:
+                    if self.distributed.rank == 0:
+                        logger.warning("stopped after update %d of %d: %s", keeper.step, len(self.order), RESUME)
                     return checkpoint
                 self.stop.answer = "all updates are done; writing the model"
                 export_model(self.distributed, self.model, self.processor, self.config, self.output_dir / "final")
@@ -206,7 +208,9 @@ class TrainingRun(Generic[S]):
         is_last = update.step == len(self.order)
         rates: Metrics | None = {}
         if run.eval_steps and update.step % run.eval_steps == 0:
+            self.stop.answer = "leaving the evaluation, which is repeated after a resume, then saving"
             rates = self.evaluate()
+            self.stop.answer = SAVING
         votes = self.distributed.sum_across_ranks(torch.tensor([float(bool(self.stop)), float(keeper.is_due())]))
         is_stopping, is_due = votes[0].item() > 0, votes.sum().item() > 0
         if rates is not None:
@@ -226,11 +230,7 @@ class TrainingRun(Generic[S]):
         if is_due:
             with self.timer.phase("checkpoint"):
                 checkpoint = keeper.save()
-        if is_stopping and (rates is None or not is_last):
-            if self.distributed.rank == 0:
-                logger.warning("stopped after update %d of %d: %s", update.step, len(self.order), RESUME)
-            return checkpoint
-        return None
+        return checkpoint if is_stopping and (rates is None or not is_last) else None
 
     def describe(self) -> str:
         """Size of the run, where it runs and what decodes its videos, in one line."""

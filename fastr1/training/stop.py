@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,8 @@ LOOK_EVERY_SECONDS = 0.5
 DEAD_RANK_SECONDS = 10.0  # what the others have to fail on their own, with a message that says more
 LAUNCHER_SECONDS = 20.0  # DeepSpeed's launcher waits for 30
 SAME_CTRL_C_SECONDS = 1.0  # some wrappers pass on the Ctrl-C that the terminal has sent to all already
+SAVING = "finishing this update, then saving"
+DEAD = "0:never"  # the `process_id` of no process
 RESUME = "go on with the same command and --set run.resume_from_checkpoint=last"
 
 
@@ -46,7 +49,7 @@ class StopRequest:
 
     def __init__(self, *, exits_at_once: bool = False) -> None:
         self.reason: str | None = None
-        self.answer = "finishing this update, then saving"
+        self.answer = SAVING
         self.exits_at_once = exits_at_once
         self.kept = "no checkpoint was written"
         self._rank = int(os.environ.get("RANK") or 0)
@@ -111,7 +114,8 @@ class StopRequest:
         if self.exits_at_once:
             self.leave(f"{reason}: stopped before the first update; start again with the same command", 0)
         if self._rank == 0:
-            logger.warning("%s: %s", reason, self.answer)
+            end_of_bar = "\n" if sys.stderr.isatty() else ""  # of the progress bar
+            logger.warning("%s%s: %s", end_of_bar, reason, self.answer)
 
     def _watch(self, heard: int) -> None:
         while self._is_watching:
@@ -193,13 +197,15 @@ def _launchers() -> list[str]:
         return []
     parent = os.getppid()
     found = [process_id(parent)]
-    if _is_deepspeed(parent) and os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]:
-        found.append(process_id(int(_process_fields(parent)[2] or 0)))
-    return [process for process in found if process != ":" and process]
+    if "deepspeed.launcher.launch" in _command(parent) and os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]:
+        command = int(_process_fields(parent)[2] or 0)
+        # The command died before this process began: its place was taken by the first process of the machine.
+        found.append(process_id(command) if command != 1 or "deepspeed" in _command(1) else DEAD)
+    return [process for process in found if process != ":"]
 
 
-def _is_deepspeed(pid: int) -> bool:
+def _command(pid: int) -> str:
     try:
-        return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return False
+        return ""

@@ -242,6 +242,7 @@ LIMITS = [
     ("run.seed", "9223372036854775807", "9223372036854775808"),
     ("run.logging_steps", "1", "0"),
     ("run.save_steps", "0", "-1"),
+    ("run.save_minutes", "0", "-0.1"),
     ("run.save_total_limit", "1", "0"),
     ("run.eval_samples", "1", "0"),
     ("run.per_device_eval_batch_size", "1", "0"),

@@ -12,7 +12,8 @@ from trainer_toys import NUM_SAMPLES, exported, make_config, metrics_of, write_w
 
 from fastr1.config import TrainConfig
 from fastr1.evaluation.chat import chat
-from fastr1.evaluation.multiple_choice import CONTROLS, evaluate_checkpoint
+from fastr1.evaluation.checkpoint import evaluate_checkpoint
+from fastr1.evaluation.multiple_choice import CONTROLS
 from fastr1.models import load_model
 from fastr1.reporting.run_log import read_rows
 from fastr1.training.grpo import run_grpo

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from trainer_toys import ROOT, child_environment, make_config, write_world
 
-from fastr1.config import save_config
+from fastr1.config import load_config, save_config
 from fastr1.reporting.run_log import read_rows
 from fastr1.training.checkpoint import find_last_checkpoint
 from fastr1.training.stop import RESUME
@@ -51,6 +51,12 @@ with stop.watching():
 WAIT = "while not stop: time.sleep(0.02)"
 
 
+def listen() -> None:
+    """In a child before it begins: tests may be run in the background, where the shell has Ctrl-C ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def until(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -77,6 +83,7 @@ class Run:
             env=child_environment(),
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=listen,
         )
         until(lambda: self.parent.poll() is not None or all((folder / rank).exists() for rank in "01"), 20)
         assert self.parent.poll() is None, self.parent.communicate()
@@ -185,12 +192,57 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     assert done.stdout == "None\n", done.stderr
 
 
+IMPATIENT = """
+import os, signal, subprocess, sys, time
+name, folder = sys.argv[1:3]
+env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+rank = subprocess.Popen([sys.executable, f"{folder}/rank.py", folder], env=env)
+def stop(number, frame):
+    rank.terminate()
+    time.sleep(1)
+    rank.kill()
+signal.signal(signal.SIGTERM, stop)
+rank.wait()
+"""
+
+
+def test_a_launcher_that_would_not_wait_is_ended_first(tmp_path: Path) -> None:
+    body = "module.LAUNCHER_SECONDS = 0.2; wait()\n    time.sleep(1.2)"
+    (tmp_path / "rank.py").write_text(
+        RANK.replace("BODY", body)
+        .replace("with stop", "def wait():\n    while not stop: time.sleep(0.02)\nwith stop")
+        .replace('for r in "01"', 'for r in "0"')
+        .replace("in (0, 1)", "in (0,)")
+    )
+    (tmp_path / "launcher.py").write_text(IMPATIENT)
+    command = [sys.executable, str(tmp_path / "launcher.py"), "deepspeed.launcher.launch", str(tmp_path)]
+    launcher = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, preexec_fn=listen)
+    until(lambda: (tmp_path / "0").exists(), 20)
+    time.sleep(0.1)
+    launcher.terminate()
+    until(lambda: (tmp_path / "saved 0").exists(), 20)
+    assert launcher.wait() == -signal.SIGKILL
+
+
 # The whole run
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+def processes_of(config: Path) -> dict[int, str]:
+    """Number and command line of all that runs with this configuration."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(config) in command and is_running(int(path.name)):
+            found[int(path.name)] = command
+    return found
 
 
 class Training:
@@ -209,6 +261,7 @@ class Training:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=listen,
             )
         self.folder = folder
         metrics = self.output / "metrics.jsonl"
@@ -217,16 +270,7 @@ class Training:
         time.sleep(seconds / 2)  # into the middle of an update
 
     def processes(self) -> dict[int, str]:
-        """Number and command line of all that runs of it."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if str(self.folder / "config.json") in command and is_running(int(path.name)):
-                found[int(path.name)] = command
-        return found
+        return processes_of(self.folder / "config.json")
 
     def assert_saved_and_gone(self, seconds: float) -> None:
         until(lambda: self.launcher.poll() is not None and not self.processes(), seconds)
@@ -280,6 +324,35 @@ def test_deepspeed_launcher(world: Path, tmp_path: Path, whom: str, number: sign
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [FASTR1, DEEPSPEED], ids=["fastr1", "deepspeed"])
+def test_sigkill_costs_what_save_minutes_says(world: Path, tmp_path: Path, launcher: list[str]) -> None:
+    run = Training(world, tmp_path, launcher, 0.5, run__save_minutes=2 / 60)
+    time.sleep(8)
+    for pid in run.processes():
+        os.kill(pid, signal.SIGKILL)
+    run.launcher.wait()
+    last = read_rows(run.output / "metrics.jsonl")[-1]["step"]
+    step = int(find_last_checkpoint(run.output).name.removeprefix("step-"))
+    assert 0 < step <= last <= step + 6
+    config = load_config(tmp_path / "config.json", ["run.resume_from_checkpoint=last", f"optim.max_steps={last + 1}"])
+    save_config(config, tmp_path / "config.json")
+    subprocess.run([*launcher, "--config", str(tmp_path / "config.json")], env=child_environment(), check=True)
+    assert [row["step"] for row in read_rows(run.output / "metrics.jsonl")] == list(range(1, last + 2))
+
+
+@pytest.mark.slow
+def test_deepspeed_command_that_dies_before_its_launcher_starts_the_ranks(world: Path, tmp_path: Path) -> None:
+    save_config(make_config(world, tmp_path / "run", optim__max_steps=100_000), tmp_path / "config.json")
+    command = [*DEEPSPEED, "--config", str(tmp_path / "config.json")]
+    child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until(lambda: sum("launcher.launch" in line for line in processes_of(tmp_path / "config.json").values()))
+    child.kill()
+    child.wait()
+    until(lambda: not processes_of(tmp_path / "config.json"), 60)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_any_moment_of_the_run(world: Path, tmp_path: Path, num_processes: int) -> None:
     """Loading, training, evaluating, exporting: exit code 0, and what the last line says is so."""
@@ -289,7 +362,7 @@ def test_any_moment_of_the_run(world: Path, tmp_path: Path, num_processes: int) 
         output = tmp_path / str(number)
         save_config(make_config(world, output, optim__max_steps=6, **evaluation, **batch), tmp_path / "config.json")
         command = [*FASTR1[:-1], str(num_processes), "--config", str(tmp_path / "config.json")]
-        child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True, preexec_fn=listen)
         time.sleep(0.3 + 0.3 * number)
         child.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
         _, errors = child.communicate(timeout=60)
