@@ -141,7 +141,7 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
     changes = [f"run.output_dir={run}"]
     pipeline.run_demo(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.subprocess, "run", lambda command, check: None)
+        patch.setattr(pipeline.subprocess, "run", lambda command, check, env: None)
         with pytest.raises(DataError, match="grpo was stopped before its end; start the demo again"):
             LAUNCH(pipeline.GRPO_CONFIG, changes)
         (run / "final").mkdir()

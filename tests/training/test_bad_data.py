@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed_toys import run_on_two_ranks
 from trainer_toys import NUM_SAMPLES, TOYS, make_config, metrics_of, write_world
 
@@ -18,6 +19,7 @@ from fastr1.data.order import SampleOrder
 from fastr1.data.questions import load_questions
 from fastr1.reporting.run_log import read_rows
 from fastr1.schema import DataError
+from fastr1.training.agreement import PeerError
 from fastr1.training.bad_data import BadData
 from fastr1.training.grpo import run_grpo
 from fastr1.training.sft import run_sft
@@ -137,7 +139,7 @@ def _train_two_ranks(rank: int, folder: Path) -> None:
     one_each["data__eval_file"] = str(folder / "world" / "eval.jsonl")
     run_grpo(make_config(folder / "world", folder / "run", **one_each))
     tight = {**one_each, "data__max_bad_fraction": 0.2}
-    with pytest.raises(DataError, match=r"2 of 6 rows cannot be used"):
+    with pytest.raises(PeerError if rank else DataError, match=r"2 of 6 rows cannot be used"):
         run_grpo(make_config(folder / "world", folder / "tight", **tight))
     (folder / f"done-{rank}").touch()
 
@@ -161,13 +163,16 @@ def test_two_processes_share_count_and_bound(world: Path, tmp_path: Path) -> Non
 class OtherMachine:
     """Of two processes the first; the other one read other rows."""
 
-    rank = 0
+    rank, world_size = 0, 2
 
     def __init__(self, theirs: BadSampleLedger) -> None:
         self._theirs = theirs
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value, {"training": self._theirs.rows}]
+
+    def sum_across_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return values
 
 
 def test_processes_that_read_different_data_do_not_start(world: Path, tmp_path: Path) -> None:

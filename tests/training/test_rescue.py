@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,7 +251,7 @@ def test_stop_in_update_or_evaluation(
 
 def test_checkpoints_by_the_clock(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minutes = iter(range(0, 1000, 4))
-    monkeypatch.setattr(fastr1.training.keeper.time, "monotonic", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(fastr1.training.keeper, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
     run_grpo(settings(world, tmp_path / "never", run__save_minutes=0.0, optim__max_steps=2))
     assert not (tmp_path / "never" / "checkpoints").exists()
     run_grpo(settings(world, tmp_path / "at times", run__save_minutes=7.0, run__save_total_limit=9))
