@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,9 @@ def report_errors(action: Callable[[], int]) -> int:
             time.sleep(DUPLICATE_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # training listens for itself
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         module = str(error.name).split(".")[0]
         if module not in _OF_THE_EXTRA or os.environ.get("FASTR1_DEBUG") == "1":

@@ -125,6 +125,14 @@ def test_other_errors_are_not_dressed_up(config: Path, monkeypatch: pytest.Monke
         cli.main(["train", "--config", str(config)])
 
 
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert cli.report_errors(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_errors_from_inside_a_run_are_reported_too(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
