@@ -21,7 +21,7 @@ from . import reference
 from .dispatch import uses_triton
 from .head import HeadOptions, HeadTensors, multiply_into, sum_dtype
 from .rows import as_grid, compute_scores, write_gradient
-from .torch_rows import BLOCK_ELEMENTS
+from .torch_rows import BLOCK_ELEMENTS, moment
 
 
 def make_chunk(
@@ -97,13 +97,11 @@ class TorchChunk(Chunk):
             token = x[rows].gather(1, self.token_ids[rows])
             torch.amax(x[rows], 1, keepdim=True, out=self.top[rows])
             shifted = torch.sub(x[rows], self.top[rows], out=self.scratch[: len(token)])
-            shifted.clamp_(min=-1e30)  # a column of -inf has weight 0 and moment 0, not 0 · (-inf)
             torch.exp(shifted, out=x[rows])
             torch.sum(x[rows], 1, keepdim=True, out=self.total[rows])
-            moment = shifted.mul_(x[rows]).sum(1, keepdim=True)
             log_total = self.total[rows].log()
             logps[rows] = token - self.top[rows] - log_total
-            entropy[rows] = log_total - moment / self.total[rows]
+            entropy[rows] = log_total - moment(shifted, x[rows]) / self.total[rows]
         self.entropy, self.state = entropy, self.state.squeeze(2)
         return logps.squeeze(1), entropy.squeeze(1)
 

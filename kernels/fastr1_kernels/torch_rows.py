@@ -41,15 +41,13 @@ def score(
             top = x.amax(1, keepdim=True).to(dtype)
             shifted = _shifted(x, top, temperature, scratch[0])
             token = shifted.gather(1, ids if live is None else torch.where(live[number, None], ids, 0))
-            if compute_entropy:
-                shifted.clamp_(min=-1e30)  # a column of -inf has weight 0 and moment 0, not 0 · (-inf)
             e = torch.exp(shifted, out=scratch[-1][: len(x)])
             total = e.sum(1, keepdim=True)
             log_total = total.log()
             logps[number] = (token - log_total).squeeze(1)
             state[0, number], state[1, number] = top.squeeze(1), total.squeeze(1)
             if compute_entropy:
-                entropy[number] = (log_total - shifted.mul_(e).sum(1, keepdim=True) / total).squeeze(1)
+                entropy[number] = (log_total - moment(shifted, e) / total).squeeze(1)
     if live is not None:
         logps, entropy = torch.where(live, logps, 0.0), torch.where(live, entropy, 0.0)
     return logps, entropy, state
@@ -96,6 +94,14 @@ def gradient(
                 d_rows[pick] = d.to(out.dtype)
         if may_read(rows):
             d_rows.index_fill_(0, (~live[first : first + len(rows)]).nonzero().squeeze(1), 0.0)
+
+
+def moment(shifted: Tensor, e: Tensor) -> Tensor:
+    """Σ eⱼ·log eⱼ of rows (C, V), whose logarithm is `shifted`, which is lost; a column of -inf adds 0, (C, 1)."""
+    if not may_read(e):
+        return torch.special.xlogy(e, e).sum(1, keepdim=True)
+    total = shifted.mul_(e).sum(1, keepdim=True)
+    return torch.special.xlogy(e, e).sum(1, keepdim=True) if total.isnan().any() else total  # of 0 · (-inf), mostly
 
 
 def may_read(rows: Tensor) -> bool:
