@@ -63,7 +63,7 @@ class LoadingCase:
 
     width: int
     height: int
-    seconds: int = 8
+    seconds: int = 5
     fps: int = 25
     num_frames: int = 16
     side: int = 384  # of SigLIP-so400m/14-384

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHART = Path("docs/demo_curves.png")
 IDENTITY = ("commit", "seed", "date")  # of a run, in all its rows
 CONDITIONS = ("commit", "device", "cores", "threads", "torch", "num_questions", "updates")
+LOADING_TOLERANCE = 0.1  # as in bench/clips.py
 DIGEST = "Source"  # text chunk of the chart
 CONTROLS = {
     "shuffled_frames": "frames in random order",
@@ -149,7 +150,46 @@ def _digest(source: Row) -> str:
     return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
 
 
-SECTIONS: Mapping[str, Callable[[Path], str]] = {"demo:headline": demo_headline, "demo:table": demo_table}
+def loading_table(root: Path) -> str:
+    """Milliseconds from a file to the tower's input, per size of clip; of each the last run on one device."""
+    rows = _read(root, "loading")
+    last = {row["shape"]["height"]: row["time"] for row in rows if row["device"] == rows[-1]["device"]}
+    cells = {
+        (row["provider"], row["shape"]["height"]): row
+        for row in rows
+        if row["time"] == last.get(row["shape"]["height"]) and row["device"] == rows[-1]["device"]
+    }
+    heights, row = sorted(last), rows[-1]
+    spreads = ", ".join(f"{cells['ours', height]['spread']:.0%}" for height in heights)
+    shape = row["shape"]
+    what = f"{shape['num_frames']} frames of a clip of {shape['seconds']} s to {shape['side']} × {shape['side']}"
+    caption = (
+        f"{what}, milliseconds in one thread ({row['device']}), medians; two measurements "
+        f"of ours differ by {spreads}; commit {row['commit'][:10]}. In brackets: its pixels differ by more than "
+        f"{LOADING_TOLERANCE:.0%}."
+    )
+    lines = ["| |" + "".join(f" {height}p |" for height in heights), "|---|" + "---|" * len(heights)]
+    for provider in dict.fromkeys(name for name, _ in cells):
+        parts = [_loading_cell(cells.get((provider, height))) for height in heights]
+        lines.append(f"| {provider} |" + "".join(f" {part} |" for part in parts))
+    return "\n".join([textwrap.fill(caption, 120), "", *lines])
+
+
+def _loading_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] == "mismatch":
+        return f"({row['errors']['pixels']:.0%})"
+    if "median_ms" not in row:
+        return str(row.get("reason", row["status"]))
+    return f"{row['median_ms']:,.0f}"
+
+
+SECTIONS: Mapping[str, Callable[[Path], str]] = {
+    "demo:headline": demo_headline,
+    "demo:table": demo_table,
+    "loading:table": loading_table,
+}
 
 
 def render(text: str, root: Path) -> str:
