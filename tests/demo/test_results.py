@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADLINE = "<!-- demo:headline -->\nold\n<!-- /demo:headline -->\n"
-README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}Kept.\n"
+LOADING = "<!-- loading:table -->\nold\n<!-- /loading:table -->\n"
+README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}{LOADING}Kept.\n"
 
 
 def load_script(name: str) -> ModuleType:
@@ -76,8 +77,28 @@ def root(tmp_path: Path) -> Path:
     (folder / "README.md").write_text(README)
     for seed, after in enumerate((0.7, 0.8, 0.75)):
         recorder.record(write_run(tmp_path / str(seed), seed=seed, after=after), folder / "bench" / "results")
+    write_loading(folder / "bench" / "results" / "loading.jsonl")
     assert renderer.main(["--root", str(folder)]) == 0
     return folder
+
+
+def write_loading(path: Path) -> None:
+    """An older run of 480p, and the last of both sizes, where one peer's pixels are wrong."""
+    common = {"device": "CPU X", "commit": "c" * 40, "spread": 0.02, "status": "ok"}
+    shape = {"num_frames": 16, "seconds": 5, "side": 384}
+    runs = [("1", 480, "ours", 90.0), ("2", 480, "ours", 100.4), ("2", 480, "peer", 120.0), ("3", 720, "ours", 1500.0)]
+    lines = [
+        {**common, "time": time, "provider": name, "median_ms": ms, "shape": {**shape, "height": height}}
+        for time, height, name, ms in runs
+    ]
+    wrong = {**lines[-1], "provider": "peer", "status": "mismatch", "errors": {"pixels": 0.15}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*lines, wrong]))
+
+
+def test_table_of_loading_shows_the_last_run_of_every_size(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    assert "| | 480p | 720p |\n|---|---|---|\n| ours | 100 | 1,500 |\n| peer | 120 | (15%) |\n" in text
+    assert "differ by 2%, 2%" in " ".join(text.split())
 
 
 def rows(root: Path, name: str) -> list[dict[str, Any]]:
@@ -124,7 +145,8 @@ def test_table_shows_mean_and_range_over_the_seeds(root: Path) -> None:
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- demo:table -->\n`make demo SEED=…`")
     assert "**50.0 % → 7" in text.partition("<!-- demo:headline -->")[2]
-    assert text.endswith("<!-- /demo:headline -->\nKept.\n")
+    assert "<!-- /demo:headline -->\n<!-- loading:table -->" in text
+    assert text.endswith("<!-- /loading:table -->\nKept.\n")
     for line in (
         "| all | 50.0 % | **75.0 %** (70.0–80.0) |",
         "| first | 25.0 % | 37.5 % (35.0–40.0) |",
