@@ -170,7 +170,13 @@ MUTATIONS = (
         True,
     ),
     # Rows in plain torch
-    one("entropy without its logarithm", LOGPS, "torch_rows.py", "(log_total - shifted.mul_(e)", "(-shifted.mul_(e)"),
+    one(
+        "entropy without its logarithm",
+        LOGPS,
+        "torch_rows.py",
+        "(log_total - moment(shifted, e)",
+        "(-moment(shifted, e)",
+    ),
     one(
         "log-probability of the largest", LOGPS, "torch_rows.py", "(token - log_total).squeeze", "(-log_total).squeeze"
     ),

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .checks import LossArguments
 from .head import HeadOptions, HeadTensors, sum_dtype
-from .linear import ONCE, linear_loss, linear_rows, logps_gradients, score_chunks
+from .linear import linear_loss, linear_rows, logps_gradients, score_chunks
 from .options import OPTIONS_SCHEMA, LossOptions, option_values
+from .rows import ONCE
 from .token_loss import LossOutput, metric_names
 
 _HEAD_SCHEMA = "Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"

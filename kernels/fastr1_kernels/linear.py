@@ -28,10 +28,10 @@ from torch import Tensor
 from .checks import LossArguments
 from .chunk import Chunk, make_chunk
 from .head import HeadGradients, HeadOptions, HeadTensors, scale_to, sum_dtype
+from .rows import ONCE
 from .token_loss import LossOutput, TokenLoss
 
 GPU_CHUNK_SIZE, GPU_FROZEN_CHUNK_SIZE, CPU_CHUNK_SIZE = 4096, 2048, 512
-ONCE = "linear_logps and linear_grpo_loss are differentiable once: leave create_graph=True out"
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ It runs in float32 (half types are raised to it) and, given float64, in float64,
 is validated here; the public functions of `losses` and `logps` do that. Which objective, reduction and
 denominator a loss has is read from its row of `options.LOSSES`.
 
-Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary, K groups.
+Symbols in shapes: B sequences, T completion length, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

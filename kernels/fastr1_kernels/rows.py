@@ -17,14 +17,14 @@ from . import torch_rows
 from .dispatch import uses_triton
 from .head import sum_dtype
 
-ONCE = "log-probabilities are differentiable once: leave create_graph=True out"
+ONCE = "results of fastr1_kernels are differentiable once: leave create_graph=True out"
 Scores = tuple[Tensor, Tensor, Tensor]
 
 
 def score_rows(
     logits: Tensor,  # (..., V), any strides
     token_ids: Tensor,  # (...,) integers
-    mask: Tensor | None = None,  # (...,) bool; masked rows are not read and score 0
+    mask: Tensor | None = None,  # (...,) bool; masked rows reach nothing and score 0
     *,
     temperature: float = 1.0,
     inplace: bool = False,
@@ -134,7 +134,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Scores) -> None:
 
 
 def _saved(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None) -> tuple[Any, ...]:
-    """The arguments of `row_gradients`."""
+    """The arguments of `row_gradients_op`."""
     if torch.is_grad_enabled():
         raise RuntimeError(ONCE)
     logits, token_ids, mask, entropy, state = ctx.saved_tensors

@@ -42,7 +42,7 @@ class Sequences:
         return grid.index_put((self.index, self.position), values)
 
     def sum(self, values: Tensor) -> Tensor:
-        """(B,) sums over the tokens of each sequence, in a fixed order for integers."""
+        """(B,) sums over the tokens of each sequence, as integers, so that no order matters."""
         return torch.zeros(self.number, dtype=torch.long, device=values.device).index_add(0, self.index, values.long())
 
     def spread(self, values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ On a CPU a few rows at a time, so that all passes but one find them in the cache
 and once more backward, where their gradient goes there. With m = max xⱼ, eⱼ = exp((xⱼ - m)/τ), S = Σ eⱼ, pⱼ = eⱼ/S:
     log pⱼ = (xⱼ - m)/τ - log S      H = log S - Σ eⱼ (xⱼ - m)/τ / S
     ∂L/∂xⱼ = (g·(δⱼᵧ - pⱼ) - h·(pⱼ log pⱼ + pⱼ H)) / τ,   g = ∂L/∂logp, h = ∂L/∂H
-m and S are kept between the two, 8 bytes a row. Rows that are masked, or have no gradient, cost nothing on a CPU.
+m, S and H are kept between the two, 12 bytes a row. On a CPU rows that are masked, or have no gradient, are not read.
 Elsewhere (float64 on a GPU) no value is read: they are computed and replaced by zeros.
 """
 

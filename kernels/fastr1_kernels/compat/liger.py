@@ -148,8 +148,8 @@ def triton_grpo_loss(
     """With `reduce` (loss, [mean KL where beta ≠ 0, share of clipped tokens]); else (loss, KL or None, clipped) of each
     token, all (B, T), of which the loss carries the gradient and, as in Liger, the KL none.
 
-    `inplace` permits the gradient to take the place of the logits. It does so with `reduce` where the kernels run and
-    the logits are no leaf; they are lost after this call then, where Liger keeps them until its backward pass.
+    `inplace` permits the gradient to take the place of the logits. It does so with `reduce` where the logits are no
+    leaf and do not overlap: during this call where the loss is one launch, else during the backward pass, as in Liger.
     """
     _refuse_unknown(use_bias_correction_kl, (vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg))
     if loss_type == "dr_grpo" and max_completion_length is None:

@@ -58,8 +58,7 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Entropy of each row in nats (...), differentiable; `chunk_size` rows at a time where there is no kernel, which
-    needs no memory for them."""
+    """Entropy of each row in nats (...), differentiable once; `chunk_size` rows at a time where there is no kernel."""
     return _score(logits, torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device), 1.0, chunk_size)[1]
 
 

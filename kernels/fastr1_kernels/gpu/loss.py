@@ -35,7 +35,7 @@ from ..checks import LossArguments
 from ..dispatch import device_of
 from ..options import OPTIONS_SCHEMA, LossOptions, option_values
 from ..reference import Metrics
-from ..rows import as_grid
+from ..rows import ONCE, as_grid
 from ..token_loss import metric_names
 from .advantages import BLOCK_REWARDS, launch_group_advantages
 from .loss_kernel import grpo_rows_kernel
@@ -174,7 +174,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 def _scaled(ctx: Any, d_sums: Tensor, scale: Callable[..., None]) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs; that of the logits was written in the forward pass."""
     if torch.is_grad_enabled():
-        raise RuntimeError("grpo_loss is differentiable once: leave create_graph=True out")
+        raise RuntimeError(ONCE)
     d_logits, grad_scale = ctx.saved_tensors
     # The buffer is scaled once: a second backward pass through retain_graph=True is refused by autograd.
     d_logits = d_logits.detach()

@@ -128,11 +128,11 @@ def grpo_rows_kernel(
         # beta = 0 must not turn an infinite kl into NaN
         loss, d_logp = loss + tl.where(beta == 0.0, 0.0, beta * kl), d_logp + tl.where(beta == 0.0, 0.0, beta * d_kl)
         store_term(terms_ptr, TERM_KL, i_n, N, kl)
-    # A NaN among the logits of a live row has to show, whatever the objective reads.
     sequence_weight = tl.load(weight_ptr + i_b)
     bonus = 0.0
     if HAS_BONUS:
         bonus = entropy_coef * entropy
+    # A NaN among the logits of a live row has to show, whatever the objective reads.
     loss = sequence_weight * tl.where(logp == logp, loss - bonus, logp)
     if grad_scale_ptr is not None:
         sequence_weight *= tl.load(grad_scale_ptr)

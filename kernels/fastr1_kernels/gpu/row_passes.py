@@ -1,4 +1,4 @@
-"""The two passes over one row of logits: device functions of the row kernels (`rows`) and of the loss kernel (`loss`).
+"""The two passes over one row of logits: device functions of `gpu.rows` and `gpu.loss_kernel`.
 
 Pass 1. For a row x of V logits, temperature τ, token y: k = log2(e)/τ, m = max xⱼ, dⱼ = (xⱼ - m)·k and
     S = Σ 2^dⱼ    U = Σ 2^dⱼ·dⱼ    log pⱼ = (dⱼ - log2 S)·ln 2    H = (log2 S - U/S)·ln 2.
@@ -14,8 +14,8 @@ still holds.
 Both are bound by instructions as much as by memory, so a logit costs few: it is widened, bounded from below where its
 entropy is summed (-1e30 instead of -inf: 0·(-1e30) is 0, nothing has to be tested for -inf, and NaN stays), compared
 with its lane's maximum, and goes through one exp2; the ragged last block is apart from the loop, the token's column
-apart from the others. tests/losses/test_aot_rows.py holds the counts. In half precision a thread loads 8 logits at a
-time where rows start at multiples of 16 bytes (WIDTH), one at a time elsewhere.
+apart from the others. tests/losses/test_aot_rows.py holds the counts. A thread loads 16 bytes at a time where rows
+start at multiples of 16 bytes (WIDTH), one logit at a time elsewhere.
 
 A row without a logit above -1e30 has no distribution: its scores and gradients are NaN. A token id outside the row is
 never read; its log-probability is -inf.
