@@ -150,7 +150,7 @@ def _answer_in_processes(job: _Job, samples: list[Sample]) -> tuple[list[Answer]
     with tempfile.TemporaryDirectory(prefix="fastr1-eval-") as folder:
         try:
             arguments = (job, num_threads, Path(folder), os.getpid())
-            multiprocessing.spawn(_run_process, arguments, nprocs=num_processes)
+            multiprocessing.spawn(_run_process, arguments, nprocs=num_processes, daemon=True)  # end with this one
         except ProcessExitedException as error:
             for refusal in sorted(Path(folder).glob("*.error")):
                 raise DataError(refusal.read_text()) from None

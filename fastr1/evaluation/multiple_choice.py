@@ -145,6 +145,10 @@ def summarise_answers(answers: Sequence[Answer], num_rows: int | None = None) ->
     `accuracy` is lenient: the right letter is found in the answer. Strict: and the completion is well formed.
     All over `num_questions`, those that were answered; `num_left_out` is how many of `num_rows` were not.
     """
+    if not answers and num_rows:
+        raise DataError(
+            f"none of {num_rows} questions could be asked; bad_samples.jsonl or the log says why: repair them"
+        )
     if not answers:
         raise DataError("there is no question to evaluate; check the data file and the limit")
     total = len(answers)

@@ -250,7 +250,8 @@ class TrainingRun(Generic[S]):
         shares = [share for share in everyone if share is not None]
         failures = [bad for _, failures in shares for bad in failures]
         self.bad_data.note("evaluation", self.order.next_update, failures)
-        summary = summarise_answers([answer for answers, _ in shares for answer in answers], evaluator.num_rows)
+        with agreement(ranks):
+            summary = summarise_answers([answer for answers, _ in shares for answer in answers], evaluator.num_rows)
         return {f"eval/{name}": value for name, value in summary.items()}
 
     def encode(self, pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

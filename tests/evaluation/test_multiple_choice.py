@@ -238,3 +238,10 @@ def test_prompt_that_would_be_cut_is_an_error(world: Path, tmp_path: Path) -> No
         evaluate(world / "base", long, tmp_path)
     with pytest.raises(DataError, match="question: the prompt has"):
         chat(world / "base", world / "0.mp4", "Well, " * 400, num_frames=4, device="cpu")
+
+
+def test_nothing_answered_is_told_apart_from_nothing_asked() -> None:
+    with pytest.raises(DataError, match=r"none of 3 questions could be asked; bad_samples\.jsonl"):
+        summarise_answers([], 3)
+    with pytest.raises(DataError, match="there is no question to evaluate"):
+        summarise_answers([])
