@@ -40,7 +40,7 @@ from ..token_loss import metric_names
 from .advantages import BLOCK_REWARDS, launch_group_advantages
 from .loss_kernel import grpo_rows_kernel
 from .policy import policy_arguments
-from .rows import row_launch_config, row_width, scale_rows_kernel
+from .rows import gradient_arguments, grid_arguments, row_launch_config, row_width, scale_rows_kernel
 from .terms import METRIC_TERMS, NUM_TERMS, TERM_ENTROPY, TERM_LOGP, TERM_LOSS
 
 # A program that would read more rewards than this for its advantage finds it computed by a launch before.
@@ -92,16 +92,10 @@ def _launch(
                 group_ids_ptr=group_ids,
                 sequence_index_ptr=sequence_index,
                 N=n,
-                T=logits.shape[1],
-                V=logits.shape[2],
+                **grid_arguments(logits),
                 R=0 if rewards is None else len(rewards),
                 G=num_generations,
-                stride_b=logits.stride(0),
-                stride_t=logits.stride(1),
-                stride_v=logits.stride(2),
-                d_stride_b=gradient.stride(0),
-                d_stride_t=gradient.stride(1),
-                d_stride_v=gradient.stride(2),
+                **gradient_arguments(gradient),
                 SOURCE=source,
                 temperature=float(options.temperature),
                 eps=float(options.advantage_eps),
@@ -154,11 +148,7 @@ def scale_rows(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -> N
                 d_logits_ptr=d_logits,
                 d_loss_ptr=d_loss.contiguous(),
                 grad_scale_ptr=grad_scale,
-                T=d_logits.shape[1],
-                V=d_logits.shape[2],
-                stride_b=d_logits.stride(0),
-                stride_t=d_logits.stride(1),
-                stride_v=d_logits.stride(2),
+                **grid_arguments(d_logits),
                 **row_launch_config(d_logits.shape[2], row_width(d_logits)),
             )
 

@@ -47,6 +47,18 @@ def row_width(*rows: Tensor) -> int:
     return ROW_BYTES // max(sizes) if aligned else 1
 
 
+def grid_arguments(logits: Tensor) -> dict[str, int]:
+    """What every kernel is told about its (B, T, V) logits beside where they start."""
+    b, t, v = logits.stride()
+    return {"T": logits.shape[1], "V": logits.shape[2], "stride_b": b, "stride_t": t, "stride_v": v}
+
+
+def gradient_arguments(d_logits: Tensor) -> dict[str, int]:
+    """The same of their gradient, which has their shape."""
+    b, t, v = d_logits.stride()
+    return {"d_stride_b": b, "d_stride_t": t, "d_stride_v": v}
+
+
 def row_kernel(function: Callable[..., None]) -> Any:
     """`triton.jit` for kernels of rows: no variants for lengths, for strides of rows, or for where a tensor starts.
 
@@ -204,11 +216,7 @@ def launch_scores(
                 entropy_ptr=entropy,
                 top_ptr=state[0],
                 log2_sum_ptr=state[1],
-                T=logits.shape[1],
-                V=logits.shape[2],
-                stride_b=logits.stride(0),
-                stride_t=logits.stride(1),
-                stride_v=logits.stride(2),
+                **grid_arguments(logits),
                 temperature=temperature,
                 HAS_ENTROPY=compute_entropy,
                 **row_launch_config(logits.shape[2], row_width(logits)),
@@ -239,14 +247,8 @@ def launch_gradient(
                 entropy_ptr=entropy,
                 top_ptr=state[0],
                 log2_sum_ptr=state[1],
-                T=logits.shape[1],
-                V=logits.shape[2],
-                stride_b=logits.stride(0),
-                stride_t=logits.stride(1),
-                stride_v=logits.stride(2),
-                d_stride_b=out.stride(0),
-                d_stride_t=out.stride(1),
-                d_stride_v=out.stride(2),
+                **grid_arguments(logits),
+                **gradient_arguments(out),
                 temperature=temperature,
                 **row_launch_config(logits.shape[2], row_width(logits, out)),
             )
