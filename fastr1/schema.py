@@ -104,26 +104,27 @@ class Update(Generic[S]):
     is_lost: bool = False  # no video of the whole update, on any rank, could be decoded
 
     @property
-    def is_valid(self) -> torch.Tensor:
-        """(B,) bool on the CPU."""
-        import torch
-
-        return torch.tensor([pixels is not None for pixels in self.pixels])
+    def is_valid(self) -> list[bool]:
+        """B; False: the video could not be decoded."""
+        return [pixels is not None for pixels in self.pixels]
 
 
 @dataclass
 class Batch:
-    """What became of this rank's share of a GRPO update: B prompts, G completions each."""
+    """What became of this rank's share of a GRPO update: B prompts, G completions each, in prompt-major rows."""
 
     samples: list[Sample]  # B
     prompt_ids: list[torch.Tensor]  # B × (L_i,)
-    videos: list[torch.Tensor]  # B × vision features, or pixel values where the tower is trained
-    is_valid: torch.Tensor  # (B,) bool on the CPU; False: the video could not be decoded and is skipped
+    prompt_lengths: list[int]  # B, tokens with those of the video
+    is_valid: list[bool]  # B; False: the video could not be decoded and is skipped
     rollout: Rollout  # B·G rows
+    lengths: list[int]  # B·G, tokens of the completions
     scored: Scored  # B·G rows
     advantages: torch.Tensor  # (B·G,)
-    loss_mask: torch.Tensor  # (B·G, T) bool
-    ref_logps: torch.Tensor | None = None  # (B·G, T)
+    is_counted: list[bool]  # B·G; False: no part of the loss
+    has_signal: list[bool]  # B·G; False: the loss has no gradient there
+    old_logps: torch.Tensor | None = None  # (B·G·T,) of the model that sampled, where it differs from the one trained
+    ref_logps: torch.Tensor | None = None  # (B·G·T,) of the initial model; both hold zeros where has_signal is False
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.top_k": (lambda value: value >= 0, "0 or more; 0 samples from the full vocabulary"),
     "grpo.top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
     "grpo.advantage_noise_std": _AT_LEAST_ZERO,
+    "grpo.num_iterations": _AT_LEAST_ONE,
+    "grpo.steps_per_generation": _AT_LEAST_ONE,
     "optim.learning_rate": _AT_LEAST_ZERO,
     "optim.warmup_ratio": _SHARE,
     "optim.weight_decay": _AT_LEAST_ZERO,
@@ -69,6 +71,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1 to use optim.num_train_epochs"),
     "optim.per_device_train_batch_size": _AT_LEAST_ONE,
     "optim.gradient_accumulation_steps": _AT_LEAST_ONE,
+    "optim.max_tokens_per_micro_batch": _AT_LEAST_ONE,
     "run.output_dir": _GIVEN,
     "run.seed": (lambda value: 0 <= value < 2**63, "0 or more and less than 2**63"),
     "run.logging_steps": _AT_LEAST_ONE,
@@ -216,6 +219,7 @@ def _check_conflicts(config: TrainConfig) -> None:
     data, run = config.data, config.run
     if set(config.model.freeze) == set(get_args(ModelPart)):
         raise ConfigError(f"model.freeze is {list(config.model.freeze)}; nothing is left to train, remove one")
+    _check_steps(config)
     if data.max_frames is not None and data.num_frames != -1:
         raise ConfigError(
             f"data.max_frames is {data.max_frames} but data.num_frames is {data.num_frames}; the cap belongs to "
@@ -225,6 +229,30 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise ConfigError(
             f"run.eval_steps is {run.eval_steps} but data.eval_file is not set; set it or run.eval_steps to 0"
         )
+
+
+def _check_steps(config: TrainConfig) -> None:
+    """Several steps of the optimizer on one rollout."""
+    grpo, accumulation = config.grpo, config.optim.gradient_accumulation_steps
+    steps = grpo.steps_per_generation or accumulation
+    if steps % accumulation:
+        raise ConfigError(
+            f"grpo.steps_per_generation is {steps}; it must be a multiple of optim.gradient_accumulation_steps, "
+            f"{accumulation}"
+        )
+    num_steps = steps // accumulation * grpo.num_iterations
+    if num_steps > 1 and loss_options(grpo).loss.is_on_policy:
+        raise ConfigError(
+            f"grpo.num_iterations={grpo.num_iterations} and grpo.steps_per_generation={grpo.steps_per_generation} take "
+            f"{num_steps} steps of the optimizer per rollout, and grpo.loss_type={grpo.loss_type!r} knows no older "
+            "policy: leave them out, or use 'grpo' or 'dapo'"
+        )
+    if grpo.sampler_correction == "none":
+        for name in ("sampler_cap", "sampler_floor"):
+            if getattr(grpo, name) != getattr(GRPOConfig, name):
+                raise ConfigError(
+                    f"grpo.{name}={getattr(grpo, name)!r} has no effect without grpo.sampler_correction: set it too"
+                )
 
 
 # The one objective that reads an option; the kernels take it with the others too, where it does nothing.

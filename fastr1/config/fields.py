@@ -21,6 +21,8 @@ RewardMode = Literal["code", "paper"]
 Scaling = Literal["group", "batch", "none"]
 Level = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
+PackedAttention = Literal["auto", "flash_attn", "varlen", "sdpa", "eager"]
+SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "icepop"]
 Schedule = Literal["cosine", "linear", "constant"]
 Report = Literal["jsonl", "tensorboard"]
 Control = Literal["blank_video", "repeated_frame", "shuffled_frames"]  # shown in the place of a clip
@@ -33,6 +35,7 @@ class ModelConfig:
     freeze: tuple[ModelPart, ...] = ("vision_tower",)
     gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
+    packed_attn_implementation: PackedAttention = "auto"  # of the packed completions; auto: the fastest that is here
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ class GRPOConfig:
     entropy_coef: float = 0.0  # weight of the entropy bonus
     scale_rewards: Scaling = "group"
     importance_sampling_level: Level = "token"  # sequence: GSPO
+    num_iterations: int = 1  # passes of the optimizer over the completions of an update
+    # Micro-steps per rollout: over gradient_accumulation_steps, it is how many steps of the optimizer a pass takes.
+    steps_per_generation: int | None = None  # None: gradient_accumulation_steps, one step
+    sampler_correction: SamplerCorrection = "none"  # weights for probabilities of the sampler that differ
+    sampler_cap: float = 3.0  # largest trainer/sampler ratio: larger ones are cut to it or masked
+    sampler_floor: float = 0.5  # icepop also masks smaller ones
     advantage_eps: float = 1e-4
     advantage_noise_std: float = 0.0  # the original adds N(0, 0.02²) to every advantage
     leave_one_out: bool = False
@@ -102,8 +111,9 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     num_train_epochs: float = 1.0
     max_steps: int = -1  # > 0 overrides num_train_epochs
-    per_device_train_batch_size: int = 1  # prompts per micro-step and process (each with num_generations completions)
+    per_device_train_batch_size: int = 1  # prompts per process and accumulation step, each with num_generations completions
     gradient_accumulation_steps: int = 1
+    max_tokens_per_micro_batch: int = 8192  # prompts and completions that are forwarded at a time: bounds the memory
 
 
 @dataclass(frozen=True)

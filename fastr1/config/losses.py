@@ -11,6 +11,8 @@ from fastr1_kernels.options import LossOptions
 def loss_options(grpo: GRPOConfig) -> LossOptions:
     """Every field of `LossOptions` from the field of `GRPOConfig` of that name; its default where there is none."""
     given = {field.name for field in fields(GRPOConfig)}
+    if grpo.sampler_correction == "none":  # the sampler's log-probabilities are then not given to the loss
+        given.remove("sampler_correction")
     return LossOptions(
         **{field.name: getattr(grpo, field.name) for field in fields(LossOptions) if field.name in given}
     )

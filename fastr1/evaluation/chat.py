@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastr1.config import GRPOConfig, ModelConfig
 from fastr1.evaluation.recorded import data_settings
 from fastr1.models import load_model, load_processor
@@ -59,7 +61,9 @@ def chat(
     pixels = load_pixels(Path(video_path), data, processor.preprocess_frames, model.device)
     prompt_ids = processor.prompt_ids(question, instruction=data.instruction).to(model.device)
     params = SamplingParams(max_completion_length, temperature=temperature, top_p=top_p)
-    rollout = sample_completions(model, processor, [prompt_ids], [pixels], params, seed=seed)
+    with torch.no_grad():
+        visual_tokens = model.visual_tokens([pixels])
+    rollout = sample_completions(model, processor, [prompt_ids], visual_tokens, params, seed=seed)
     text = rollout.texts[0]
     answer = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     is_truncated = bool(rollout.is_truncated[0])

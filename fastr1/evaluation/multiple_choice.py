@@ -98,10 +98,17 @@ class Evaluator:
                 usable = {place: pixels for place, pixels in batch if not isinstance(pixels, BadRow)}
                 if not usable:
                     continue
-                videos = [model.encode(pixels) for pixels in usable.values()]
+                with torch.no_grad():
+                    visual_tokens = model.visual_tokens([model.encode(pixels) for pixels in usable.values()])
                 prompts = [self._prompts[place].to(device) for place in usable]
                 rollout = sample_completions(
-                    model, self._processor, prompts, videos, self._params, seed=self._seed, prompt_keys=list(usable)
+                    model,
+                    self._processor,
+                    prompts,
+                    visual_tokens,
+                    self._params,
+                    seed=self._seed,
+                    prompt_keys=list(usable),
                 )
                 lengths = rollout.completion_mask.sum(dim=1).tolist()
                 samples = [self.samples[place] for place in usable]

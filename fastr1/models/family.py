@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, Self, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -23,9 +23,13 @@ from transformers.cache_utils import DynamicCache
 
 from fastr1.config import ModelConfig, ModelPart
 from fastr1.models.devices import parse_device, resolve_dtype
+from fastr1.models.packed_attention import forward_packed
+from fastr1.models.packed_layout import PackedLayout
 
 # "model_type" of a model folder's config.json → the module of its family
 FAMILIES = {"tinyllava": "fastr1.models.tinyllava"}
+
+T = TypeVar("T")
 
 
 class ModelFileError(ValueError):
@@ -96,13 +100,16 @@ class Processor(ABC):
 class VideoLanguageModel(nn.Module, ABC):
     """Vision tower → connector → decoder with a head. Symbols: B prompts, G completions each, see `schema`.
 
-    A family provides three submodules and the abstract methods; prefixes shared by the completions of a prompt, padding
-    and caching are the same for all of them and live here.
+    A family provides three submodules and the abstract methods; packing, padding and caching are the same for all of
+    them and live here.
+
+    Attributes: packed_backend, what computes the attention of packed completions ("auto" or a name of it).
     """
 
     vision_tower: nn.Module
     connector: nn.Module
     language_model: nn.Module
+    packed_backend: str = "auto"
 
     @property
     @abstractmethod
@@ -114,9 +121,10 @@ class VideoLanguageModel(nn.Module, ABC):
     def decoder(self) -> Any:
         """The decoder without its head, called as a model of transformers; offers `embed_tokens` and `layers`."""
 
+    @property
     @abstractmethod
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits from hidden states: (..., D) → (..., V)."""
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (V, D) and bias (V,) of the head: logits are hidden @ weightᵀ + bias."""
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -159,7 +167,7 @@ class VideoLanguageModel(nn.Module, ABC):
             getattr(self, name).requires_grad_(False)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute decoder layers in the backward pass; the prompt is then forwarded once per completion."""
+        """Recompute decoder layers in the backward pass."""
         self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def positions(self, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -178,6 +186,12 @@ class VideoLanguageModel(nn.Module, ABC):
         lengths = torch.tensor([row.shape[0] for row in rows], device=embeds.device)
         mask = torch.arange(longest, device=embeds.device)[None] >= (longest - lengths)[:, None]
         return embeds, mask.long()
+
+    @torch.no_grad()
+    def prompt_lengths(self, prompt_ids: Sequence[torch.Tensor], visual_tokens: Sequence[torch.Tensor]) -> list[int]:
+        """Tokens of every prompt, those of its video included."""
+        pairs = zip(prompt_ids, visual_tokens, strict=True)
+        return [len(self.embed_prompt(ids, tokens)) for ids, tokens in pairs]
 
     def prefill(
         self,
@@ -214,33 +228,55 @@ class VideoLanguageModel(nn.Module, ABC):
         ).last_hidden_state
         return hidden
 
-    def forward(
+    def forward(self, compute: Callable[[Self], T]) -> T:
+        """`compute(self)`: the one door through which DeepSpeed sees what is differentiated, whatever that is."""
+        return compute(self)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits from hidden states: (..., D) → (..., V)."""
+        return F.linear(hidden, *self.head)
+
+    def completion_states(
         self,
         prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64
-        videos: Sequence[torch.Tensor],  # B × features of `encode`, or pixels where the tower is trained
+        visual_tokens: Sequence[torch.Tensor],  # B × (Q, D)
+        input_ids: torch.Tensor,  # int64, every token of the completions but the last of each, one after another
+        layout: PackedLayout,
+    ) -> torch.Tensor:
+        """Hidden states (N, D) that predict the N completion tokens, one completion after another.
+
+        Each prompt, video included, is forwarded and back-propagated once for its completions, and nothing is padded.
+        """
+        prompts = [self.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
+        embeds = torch.cat([*prompts, self.decoder.embed_tokens(input_ids)])[None]
+        positions = self.packed_positions(layout, embeds.device)
+        hidden = forward_packed(self.decoder, embeds, layout, position_ids=positions, backend=self.packed_backend)
+        return hidden[0, layout.rows(embeds.device)]
+
+    def packed_positions(self, layout: PackedLayout, device: torch.device) -> torch.Tensor:
+        """Positions of packed tokens, (1, L) int64: a completion goes on where its prompt ends."""
+        return layout.positions(device)
+
+    def padded_logits(
+        self,
+        prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64
+        visual_tokens: Sequence[torch.Tensor],  # B × (Q, D)
         completion_ids: torch.Tensor,  # (B·G, T) int64, right-padded
         completion_mask: torch.Tensor,  # (B·G, T) bool
-        share_prefix: bool = True,
     ) -> torch.Tensor:
-        """Logits that predict each completion token: (B·G, T, V).
-
-        With `share_prefix` each prompt, video included, is forwarded and back-propagated once for its G completions;
-        without, once per completion. Both give the same values and gradients.
-        """
-        num_generations = completion_ids.shape[0] // len(prompt_ids)
-        embeds, mask = self.embed_prompts(prompt_ids, self.visual_tokens(videos))
-        full_mask = torch.cat([mask.repeat_interleave(num_generations, dim=0), completion_mask.long()], dim=1)[:, :-1]
-        if share_prefix:
-            cache, hidden = self.prefill(embeds, mask, num_generations)
-            if completion_ids.shape[1] > 1:
-                hidden = torch.cat([hidden, self.extend(completion_ids[:, :-1], full_mask, cache)], dim=1)
-        else:
-            tail = self.decoder.embed_tokens(completion_ids)[:, :-1]
-            rows = torch.cat([embeds.repeat_interleave(num_generations, dim=0), tail], dim=1)
-            positions = self.positions(full_mask)
-            out = self.decoder(inputs_embeds=rows, attention_mask=full_mask, position_ids=positions, use_cache=False)
-            hidden = out.last_hidden_state[:, embeds.shape[1] - 1 :]
-        return self.project(hidden)
+        """Logits (B·G, T, V) that predict each completion token: the slow twin of `completion_states`, each completion
+        a padded row of its own behind its prompt."""
+        embeds, mask = self.embed_prompts(prompt_ids, visual_tokens)
+        repeats = completion_ids.shape[0] // len(prompt_ids)
+        rows = [embeds.repeat_interleave(repeats, dim=0), self.decoder.embed_tokens(completion_ids)[:, :-1]]
+        mask = torch.cat([mask.repeat_interleave(repeats, dim=0), completion_mask[:, :-1].long()], dim=1)
+        out = self.decoder(
+            inputs_embeds=torch.cat(rows, dim=1),
+            attention_mask=mask,
+            position_ids=self.positions(mask),
+            use_cache=False,
+        )
+        return self.project(out.last_hidden_state[:, embeds.shape[1] - 1 :])
 
 
 class Family(Protocol):

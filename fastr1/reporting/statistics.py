@@ -48,23 +48,26 @@ def summarise_rollout(ranks: Ranks, batch: Batch) -> Metrics:
     """Rewards, their spread within groups, and lengths, over the valid completions of all ranks. All ranks call it."""
     rollout, scored = batch.rollout, batch.scored
     num_generations = len(rollout.texts) // len(batch.is_valid)
-    valid = batch.is_valid.repeat_interleave(num_generations)
+    valid = torch.tensor(batch.is_valid).repeat_interleave(num_generations)
     columns = {
         "reward": torch.tensor(scored.rewards),
         **{f"rewards/{name}": torch.tensor(values) for name, values in scored.parts.items()},
-        "completion_length": rollout.completion_mask.sum(dim=1).cpu().float(),
+        "completion_length": torch.tensor(batch.lengths, dtype=torch.float32),
         "completion_clipped_ratio": rollout.is_truncated.cpu().float(),
         "advantage_abs": batch.advantages.cpu().abs(),
+        "signal": torch.tensor(batch.has_signal, dtype=torch.float32),
     }
     gathered = ranks.gather_objects({name: values[valid] for name, values in columns.items()})
     # The parts that a reward function returns may differ between ranks.
     names = {name: None for part in gathered for name in part}
     merged = {name: torch.cat([part[name] for part in gathered if name in part]) for name in names}
     groups = merged["reward"].reshape(-1, num_generations)
+    signal = merged.pop("signal").reshape(-1, num_generations)
     return {
         **{name: values.mean().item() for name, values in merged.items()},
         "reward_std": groups.std(dim=1).mean().item(),
         "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+        "groups_without_signal": float((signal.amax(1) == 0).sum()),
         "completion_length_max": merged["completion_length"].max().item(),
         "num_tokens": merged["completion_length"].sum().item(),
     }
@@ -74,11 +77,7 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
     """One JSON object per completion of this rank; "valid" is false where the video could not be decoded."""
     rollout, scored = batch.rollout, batch.scored
     num_generations = len(rollout.texts) // len(batch.samples)
-    advantages, is_truncated, is_valid = (
-        batch.advantages.tolist(),
-        rollout.is_truncated.tolist(),
-        batch.is_valid.tolist(),
-    )
+    advantages, is_truncated = batch.advantages.tolist(), rollout.is_truncated.tolist()
     rows = []
     for i, text in enumerate(rollout.texts):
         sample = batch.samples[i // num_generations]
@@ -93,7 +92,7 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
                 "rewards": {name: values[i] for name, values in scored.parts.items()},
                 "advantage": advantages[i],
                 "is_truncated": is_truncated[i],
-                "valid": is_valid[i // num_generations],
+                "valid": batch.is_valid[i // num_generations],
             }
         )
     return rows

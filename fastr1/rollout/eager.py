@@ -35,7 +35,7 @@ def sample_completions(
     model: VideoLanguageModel,
     processor: Processor,
     prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64 on the device of the model
-    videos: Sequence[torch.Tensor],  # B × features of `model.encode`, or pixels (F, 3, H, W)
+    visual_tokens: Sequence[torch.Tensor],  # B × (Q, D), of `model.visual_tokens`
     params: SamplingParams,
     *,
     num_generations: int = 1,
@@ -47,7 +47,7 @@ def sample_completions(
     Returns `sampler_logps` under the distribution that was sampled from (after temperature, top-k and top-p; the plain
     softmax when greedy). A completion ends with any of the processor's end tokens.
     """
-    embeds, prompt_mask = model.embed_prompts(prompt_ids, model.visual_tokens(videos))
+    embeds, prompt_mask = model.embed_prompts(prompt_ids, visual_tokens)
     cache, hidden = model.prefill(embeds, prompt_mask, num_generations)
     mask = prompt_mask.repeat_interleave(num_generations, dim=0)
     row_keys = completion_keys(seed, range(len(prompt_ids)) if prompt_keys is None else prompt_keys, num_generations)

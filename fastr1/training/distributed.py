@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -61,7 +61,7 @@ class DistributedModel:
         optim: AdamW, schedule and clipping; `max_grad_norm=0` switches clipping off.
         deepspeed_config: a DeepSpeed configuration; entries equal to "auto" are dropped. Default: ZeRO stage 1.
         dtype: torch.float32, or torch.bfloat16 with fp32 master weights (ZeRO stages 1 to 3).
-        num_updates: optimizer steps of the whole run, the length of the schedule.
+        num_steps: optimizer steps of the whole run, the length of the schedule.
 
     Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself), is_updating (inside an
     update, or after one that failed half-way).
@@ -75,7 +75,7 @@ class DistributedModel:
         deepspeed_config: dict[str, Any],
         *,
         dtype: torch.dtype,
-        num_updates: int,
+        num_steps: int,
     ) -> None:
         config = build_deepspeed_config(deepspeed_config, optim, dtype)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -106,7 +106,7 @@ class DistributedModel:
         if self.zero_stage == 0:
             # Runs between DeepSpeed's all-reduce and the update; DeepSpeed itself reports no norm at stage 0.
             optimizer.register_step_pre_hook(self._clip_at_stage_0)
-        self._scheduler = _build_scheduler(optimizer, optim, num_updates)
+        self._scheduler = _build_scheduler(optimizer, optim, num_steps)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._scheduler, config=config
         )
@@ -120,6 +120,11 @@ class DistributedModel:
         # DeepSpeed averages over ranks; the factor turns the mean back into the sum.
         self._engine.backward(loss * self.world_size)
         self._num_micro_steps += 1
+
+    def backward_from(self, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+        """Go on backwards from tensors that `__call__` returned, with gradients that came from `backward`."""
+        # Its value means nothing; its gradients are the given ones, already of the sum over ranks.
+        self._engine.backward(sum((x.float() * g).sum() for x, g in zip(outputs, grads, strict=True)))
 
     def step(self) -> float:
         """Clip, update parameters and learning rate, clear gradients. Returns the global norm before clipping.
@@ -340,11 +345,11 @@ def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torc
 
 
 def _build_scheduler(
-    optimizer: torch.optim.Optimizer, optim: OptimConfig, num_updates: int
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     check_value("optim.lr_scheduler_type", optim.lr_scheduler_type)
     names = {"constant": "constant_with_warmup"}
-    num_warmup_updates = math.ceil(num_updates * optim.warmup_ratio)
+    num_warmup_steps = math.ceil(num_steps * optim.warmup_ratio)
     return get_scheduler(
-        names.get(optim.lr_scheduler_type, optim.lr_scheduler_type), optimizer, num_warmup_updates, num_updates
+        names.get(optim.lr_scheduler_type, optim.lr_scheduler_type), optimizer, num_warmup_steps, num_steps
     )

@@ -1,34 +1,41 @@
 """GRPO for video language models, top to bottom.
 
-    prompts → clips → vision features → G completions each → rewards → advantages → loss → update
+    prompts → clips → vision features → G completions each → rewards → advantages → packed batch → loss → update
 
-Departures from the textbook: one on-policy update per rollout, so the ratio is 1 and no old log-probabilities are kept;
-the denominator of the loss is a global count fixed before the first micro-step, so accumulation, micro-batch size and
-number of ranks do not change the objective; the vision tower, frozen by default, runs once per prompt and update; a
-prompt is forwarded once for its G completions (with gradient checkpointing, once for each).
+What the speed comes from: vision tower and connector run once per prompt and update, the connector's gradient flows
+once; a prompt is forwarded and back-propagated once for its completions, which are packed behind it without padding;
+completions that nothing can be learned from are not forwarded at all; the logits exist a chunk at a time.
+
+What keeps the objective: the denominator of the loss is a global count fixed before the first micro-step, so packing,
+accumulation and number of ranks do not change it. With one step of the optimizer per rollout the ratio is 1 and no old
+log-probabilities are kept; with several they are computed before the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastr1.config import TrainConfig, loss_options
 from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
+from fastr1.models import VideoLanguageModel
 from fastr1.models.texts import prompt_ids
+from fastr1.reporting.sampler_gap import SamplerGap
 from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Batch, DataError, Rollout, Sample, Update
 from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun, load_policy
+from fastr1.training.packing import MicroBatch, check_fits
+from fastr1.training.passes import OptimizerStep, compute_logps, compute_loss, plan_steps
 from fastr1.training.stop import StopRequest
-from fastr1_kernels import GRPOOutput, group_advantages, grpo_loss, selective_log_softmax
+from fastr1.training.visual import VisualTokens
+from fastr1_kernels import GRPOOutput, group_advantages
 
 
 def run_grpo(config: TrainConfig, stop: StopRequest | None = None) -> Path:
@@ -56,8 +63,8 @@ class GRPOTrainer:
         self.timer = run.timer
         self.scorer = build_scorer(run.config.reward)
         self.loss_options = loss_options(self.grpo)
-        # Ids and masks come from the rollout and are right; looking at their values would wait for a GPU.
-        self.waits_cost = self.distributed.device.type != "cpu"
+        # Ids and lengths come from the rollout and are right; looking at their values would wait for a GPU.
+        self.check_values = self.distributed.device.type == "cpu"
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
         self.sampling = SamplingParams(
             self.grpo.max_completion_length, self.grpo.temperature, self.grpo.top_k, self.grpo.top_p
@@ -66,40 +73,53 @@ class GRPOTrainer:
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the prompts. Returns metrics of all ranks and this rank's rollout rows."""
         prompt_ids = [self.run.tokens[i].to(self.distributed.device) for i in update.indices]
-        with self.distributed.gathered_parameters():
-            with self.timer.phase("vision"):
-                videos = self.run.encode(update.pixels)
-            with self.timer.phase("rollout"):
-                rollout = self._roll_out(prompt_ids, videos, update.keys)
+        with self.timer.phase("vision"):
+            videos = self.run.encode(update.pixels)
+            visual = VisualTokens(self.distributed, videos)
+        with self.timer.phase("rollout"), self.distributed.gathered_parameters():
+            prompt_lengths = self._measure_prompts(update.samples, prompt_ids, visual.detached)
+            rollout = self._roll_out(prompt_ids, visual.detached, update.keys)
         with self.timer.phase("reward"):
-            batch = self._score(update, prompt_ids, videos, rollout)
+            batch = self._score(update, prompt_ids, prompt_lengths, rollout)
+        steps = plan_steps(
+            batch,
+            self.distributed,
+            prompts_per_step=self.run.samples_per_step,
+            max_tokens=self.config.optim.max_tokens_per_micro_batch,
+        )
+        if len(steps) * self.grpo.num_iterations > 1:
+            with self.timer.phase("old_policy"), self.distributed.gathered_parameters():
+                batch.old_logps = self._compute_logps(self.run.model, batch, steps, visual.detached)
         if self.reference is not None:
             with self.timer.phase("reference"):
-                batch.ref_logps = self._compute_ref_logps(batch)
-        with self.timer.phase("train"):
-            sums = self._accumulate_gradients(batch)
-        with self.timer.phase("optimizer"):
-            learning_rate = self.distributed.learning_rate
-            grad_norm = self.distributed.step()
-        metrics = {
-            **sums.means(self.distributed),
-            **summarise_rollout(self.distributed, batch),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-        }
-        return metrics, rollout_rows(batch)
+                # Its connector is the initial one: the tokens are the policy's only where that is frozen.
+                tokens = self._see(self.reference, videos) if visual.is_trained else visual.detached
+                batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
+        metrics = self._optimize(batch, steps, visual)
+        return {**metrics, **summarise_rollout(self.distributed, batch)}, rollout_rows(batch)
 
     def close(self) -> None:
         """End what the reward functions run in."""
         self.scorer.close()
 
-    def _roll_out(self, prompt_ids: list[torch.Tensor], videos: list[torch.Tensor], keys: list[int]) -> Rollout:
+    def _measure_prompts(
+        self, samples: Sequence[Sample], prompt_ids: list[torch.Tensor], visual_tokens: list[torch.Tensor]
+    ) -> list[int]:
+        """Tokens of every prompt, video included, once it is sure that it can be trained on."""
+        grpo, budget = self.grpo, self.config.optim.max_tokens_per_micro_batch
+        lengths = self.run.model.prompt_lengths(prompt_ids, visual_tokens)
+        with agreement(self.distributed):
+            for sample, length in zip(samples, lengths, strict=True):
+                check_fits(length, grpo.max_completion_length, budget, origin=sample.origin)
+        return lengths
+
+    def _roll_out(self, prompt_ids: list[torch.Tensor], visual_tokens: list[torch.Tensor], keys: list[int]) -> Rollout:
         model = self.run.model.eval()  # in training mode, gradient checkpointing would switch the cache off
         rollout = sample_completions(
             model,
             self.run.processor,
             prompt_ids,
-            videos,
+            visual_tokens,
             self.sampling,
             num_generations=self.grpo.num_generations,
             seed=self.config.run.seed,
@@ -109,16 +129,15 @@ class GRPOTrainer:
         return rollout
 
     def _score(
-        self, update: Update[Sample], prompt_ids: list[torch.Tensor], videos: list[torch.Tensor], rollout: Rollout
+        self, update: Update[Sample], prompt_ids: list[torch.Tensor], prompt_lengths: list[int], rollout: Rollout
     ) -> Batch:
         """Rewards of this rank's completions, and advantages from the rewards of all ranks."""
         grpo, device = self.grpo, self.distributed.device
         with agreement(self.distributed):
             scored = self.scorer.score(rollout.texts, [s for s in update.samples for _ in range(grpo.num_generations)])
-        is_valid = update.is_valid
-        row_valid = is_valid.repeat_interleave(grpo.num_generations)
+        is_counted = torch.tensor(update.is_valid).repeat_interleave(grpo.num_generations)
         # NaN: takes no part in the statistics.
-        rewards = torch.tensor(scored.rewards, dtype=torch.float64).masked_fill(~row_valid, torch.nan)
+        rewards = torch.tensor(scored.rewards, dtype=torch.float64).masked_fill(~is_counted, torch.nan)
         everyone = torch.cat(self.distributed.gather_objects(rewards))
         if everyone.isnan().all():
             error = DataError(
@@ -135,73 +154,98 @@ class GRPOTrainer:
             noise_std=grpo.advantage_noise_std,
             generator=torch.Generator().manual_seed(self.config.run.seed + update.step),
         )
-        mine = advantages.chunk(self.distributed.world_size)[self.distributed.rank].to(device, torch.float32)
-        loss_mask = rollout.completion_mask & row_valid.to(device)[:, None]
+        mine = advantages.chunk(self.distributed.world_size)[self.distributed.rank].to(torch.float32)
         if grpo.mask_truncated_completions:
-            loss_mask = loss_mask & ~rollout.is_truncated[:, None]
-        return Batch(update.samples, prompt_ids, videos, is_valid, rollout, scored, mine, loss_mask)
+            is_counted = is_counted & ~rollout.is_truncated.cpu()
+        # Every objective is a multiple of the advantage: without KL and bonus there is nothing to learn where it is 0.
+        learns_from_all = grpo.beta != 0 or grpo.entropy_coef != 0
+        return Batch(
+            samples=update.samples,
+            prompt_ids=prompt_ids,
+            prompt_lengths=prompt_lengths,
+            is_valid=update.is_valid,
+            rollout=rollout,
+            lengths=rollout.completion_mask.sum(dim=1).tolist(),
+            scored=scored,
+            advantages=mine.to(device),
+            is_counted=is_counted.tolist(),
+            has_signal=(is_counted & ((mine != 0) | learns_from_all)).tolist(),
+        )
 
     @torch.no_grad()
-    def _compute_ref_logps(self, batch: Batch) -> torch.Tensor:
-        """Log-probabilities (B·G, T) of the completions under the frozen initial model."""
-        rows, temperature = [], self.grpo.temperature
-        for prompts, completions in self._micro_batches(batch):
-            logits = self._forward(self.reference, batch, prompts, completions, share_prefix=True)
-            ids = batch.rollout.completion_ids[completions]
-            rows.append(selective_log_softmax(logits, ids, temperature=temperature, check_values=not self.waits_cost))
-        return torch.cat(rows)
+    def _see(self, model: VideoLanguageModel, videos: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(model.visual_tokens(videos))
 
-    def _accumulate_gradients(self, batch: Batch) -> TokenSums:
-        """Forward and backward of every micro-batch. Sums over micro-batches and ranks equal the loss of the whole
-        update, because the denominator is fixed before the first of them."""
-        normalizer = self._normalizer(batch)
-        sums = TokenSums()
-        for prompts, completions in self._micro_batches(batch):
-            share_prefix = not self.config.model.gradient_checkpointing
-            logits = self._forward(self.distributed, batch, prompts, completions, share_prefix)
-            out = self._compute_loss(logits, batch, completions, normalizer)
-            self.distributed.backward(out.loss)
-            mask = batch.loss_mask[completions]
-            gap = (out.logps - batch.rollout.sampler_logps[completions]).abs().masked_fill(~mask, 0.0)
-            whole = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
-            sums.add({**out.metrics, "sampler_gap": (gap.sum(), mask.sum()), "loss": (out.loss, whole)})
-        return sums
-
-    def _forward(
-        self, model: Any, batch: Batch, prompts: slice, completions: slice, share_prefix: bool
+    def _compute_logps(
+        self,
+        model: VideoLanguageModel,
+        batch: Batch,
+        steps: list[OptimizerStep],
+        visual_tokens: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Logits (b·G, T, V) that predict the completion tokens of some of the prompts."""
-        rollout = batch.rollout
-        return model(
-            batch.prompt_ids[prompts],
-            batch.videos[prompts],
-            rollout.completion_ids[completions],
-            rollout.completion_mask[completions],
-            share_prefix=share_prefix,
-        )
+        """Log-probabilities (B·G·T,) of everything that is trained on, under a model that is not."""
+        micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches if not micro_batch.is_blank]
+        settings = {"temperature": self.grpo.temperature, "check_values": self.check_values}
+        return compute_logps(model, batch, micro_batches, visual_tokens, **settings)
 
-    def _compute_loss(self, logits: torch.Tensor, batch: Batch, completions: slice, normalizer: float) -> GRPOOutput:
-        return grpo_loss(
-            logits,
-            batch.rollout.completion_ids[completions],
-            mask=batch.loss_mask[completions],
-            advantages=batch.advantages[completions],
-            ref_logps=None if batch.ref_logps is None else batch.ref_logps[completions],
+    def _optimize(self, batch: Batch, steps: list[OptimizerStep], visual: VisualTokens) -> Metrics:
+        """Every step of the optimizer on this rollout; means of their metrics over the ranks."""
+        schedule = steps * self.grpo.num_iterations
+        learning_rate = self.distributed.learning_rate
+        sums, gap = TokenSums(), SamplerGap(self.distributed.device)
+        grad_norms = []
+        for number, step in enumerate(schedule):
+            with self.timer.phase("train"):
+                if number > 0:
+                    visual.remake(step.prompts)
+                self._accumulate_gradients(batch, step, visual, sums, gap, share=1 / len(schedule))
+            with self.timer.phase("optimizer"):
+                grad_norms.append(self.distributed.step())
+        return {
+            **sums.means(self.distributed),
+            **gap.metrics(self.distributed),
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "learning_rate": learning_rate,
+        }
+
+    def _accumulate_gradients(
+        self,
+        batch: Batch,
+        step: OptimizerStep,
+        visual: VisualTokens,
+        sums: TokenSums,
+        gap: SamplerGap,
+        share: float,
+    ) -> None:
+        """Forward and backward of every micro-batch. Sums over micro-batches and ranks equal the loss of the whole
+        step, because the denominator is fixed before the first of them."""
+        normalizer = self._normalizer(step)
+        for micro_batch in step.micro_batches:
+            out = GRPOOutput(*self.distributed(self._loss_of(batch, micro_batch, visual, normalizer)))
+            self.distributed.backward(out.loss)
+            places = micro_batch.places(batch.rollout.completion_ids.shape[1], out.logps.device)
+            places = places[:0] if micro_batch.is_blank else places
+            before = out.logps[: len(places)] if batch.old_logps is None else batch.old_logps[places]
+            gap.add(before, batch.rollout.sampler_logps.flatten()[places])
+            whole = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
+            sums.add({**out.metrics, "loss": (out.loss * share, whole)})
+        visual.backward()
+
+    def _loss_of(
+        self, batch: Batch, micro_batch: MicroBatch, visual: VisualTokens, normalizer: float
+    ) -> Callable[[VideoLanguageModel], GRPOOutput]:
+        return lambda model: compute_loss(
+            model,
+            batch,
+            micro_batch,
+            visual.tokens,
             normalizer=normalizer,
-            check_values=not self.waits_cost,
             options=self.loss_options,
+            corrects_sampler=self.grpo.sampler_correction != "none",
+            check_values=self.check_values,
         )
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[slice, slice]]:
-        """Slices of prompts and of their completions."""
-        group = self.grpo.num_generations
-        for prompts in self.run.micro_batches(len(batch.prompt_ids)):
-            yield prompts, slice(prompts.start * group, prompts.stop * group)
-
-    def _normalizer(self, batch: Batch) -> float:
+    def _normalizer(self, step: OptimizerStep) -> float:
         """The global denominator, of what the loss counts: its loss tokens or its completions; at least 1."""
-        if self.loss_options.loss.counts == "tokens":
-            local = batch.loss_mask.sum()
-        else:
-            local = batch.is_valid.sum() * self.grpo.num_generations
-        return max(self.distributed.sum_across_ranks(local.double()).item(), 1.0)
+        local = step.num_tokens if self.loss_options.loss.counts == "tokens" else step.num_sequences
+        return max(self.distributed.sum_across_ranks(torch.tensor(float(local), dtype=torch.float64)).item(), 1.0)

@@ -71,7 +71,7 @@ class TrainingRun(Generic[S]):
         stop: what listens for signals already, if anything does; else `train` listens while it runs.
 
     Attributes: config, model, processor, distributed, samples, tokens (what `tokenize` made of each sample), order,
-        bad_data, timer, samples_per_rank (per update), settings (what a resume must share).
+        bad_data, timer, samples_per_rank (per update), samples_per_step (of the optimizer, on this rank), settings (what a resume must share).
     """
 
     def __init__(
@@ -95,7 +95,9 @@ class TrainingRun(Generic[S]):
         self.samples: list[S] = loaded.samples
         self._ledger = BadSampleLedger(loaded, policy=policy, max_bad_fraction=bound)
         self._evaluator = build_evaluator(config, self.processor)
-        self.samples_per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+        self.samples_per_step = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+        steps = config.grpo.steps_per_generation if config.task == "grpo" else None
+        self.samples_per_rank = optim.per_device_train_batch_size * (steps or optim.gradient_accumulation_steps)
         self.order = SampleOrder(
             len(self.samples),
             prompts_per_update=self.samples_per_rank * launched_world_size(),
@@ -113,8 +115,12 @@ class TrainingRun(Generic[S]):
     def __enter__(self) -> TrainingRun[S]:
         config = self.config
         self.model = load_policy(config)
+        steps_per_update = self.samples_per_rank // self.samples_per_step
+        if config.task == "grpo":
+            steps_per_update *= config.grpo.num_iterations
+        num_steps = self.order.num_updates * steps_per_update
         self.distributed = DistributedModel(
-            self.model, config.optim, config.deepspeed, dtype=self.model.dtype, num_updates=self.order.num_updates
+            self.model, config.optim, config.deepspeed, dtype=self.model.dtype, num_steps=num_steps
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
@@ -258,19 +264,14 @@ class TrainingRun(Generic[S]):
         """Vision features per sample, or pixel values where the tower is trained and the forward encodes them.
 
         Blank frames stand in for a skipped video, whose sample must count in no loss or metric, so that every rank
-        takes the same number of steps. Call it inside `distributed.gathered_parameters()`.
+        takes the same number of steps. All ranks call it.
         """
         filled = [self._blank() if frames is None else frames for frames in pixels]
         if "vision_tower" not in self.config.model.freeze:
             return filled
         with torch.no_grad():
-            return [self.model.encode(frames) for frames in filled]
-
-    def micro_batches(self, num_samples: int) -> Iterator[slice]:
-        """Slices of `per_device_train_batch_size` samples."""
-        size = self.config.optim.per_device_train_batch_size
-        for start in range(0, num_samples, size):
-            yield slice(start, start + size)
+            features: list[torch.Tensor] = self.distributed(lambda model: [model.encode(frames) for frames in filled])
+        return features
 
     def _blank(self) -> torch.Tensor:
         return self.processor.blank_pixels(max(self.config.data.num_frames, 1)).to(self.distributed.device)
@@ -345,6 +346,7 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     settings = config.model
     model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
     model.freeze(settings.freeze)
+    model.packed_backend = settings.packed_attn_implementation
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

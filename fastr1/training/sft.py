@@ -6,6 +6,8 @@ mean over the samples of all ranks and micro-batches, whose number is fixed befo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 from fastr1.config import TrainConfig
 from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.conversations import load_conversations
+from fastr1.models import VideoLanguageModel
 from fastr1.models.texts import conversation_ids
 from fastr1.reporting.statistics import Metrics, TokenSums
 from fastr1.schema import DataError, SftSample, Update
-from fastr1.training.agreement import on_every_rank
+from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun
+from fastr1.training.packing import MicroBatch, keep_step, pack_groups
 from fastr1.training.stop import StopRequest
-from fastr1_kernels import selective_log_softmax
+from fastr1.training.visual import VisualTokens
+from fastr1_kernels import linear_logps
 
 
 def run_sft(config: TrainConfig, stop: StopRequest | None = None) -> Path:
@@ -38,18 +43,6 @@ def prepare_sft(config: TrainConfig, stop: StopRequest | None = None) -> Trainin
     return TrainingRun[SftSample](config, load_conversations, conversation_ids, stop)
 
 
-def answer_logps(
-    logits: torch.Tensor,  # (B, T, V)
-    answer_ids: torch.Tensor,  # (B, T)
-    answer_mask: torch.Tensor,  # (B, T) bool
-) -> torch.Tensor:
-    """Mean log-probability of each sample's answer tokens: (B,)."""
-    # The ids are the tokenizer's own; looking at their values would wait for a GPU.
-    is_cheap = logits.device.type == "cpu"
-    logps = selective_log_softmax(logits, answer_ids, check_values=is_cheap).masked_fill(~answer_mask, 0.0)
-    return logps.sum(dim=1) / answer_mask.sum(dim=1)
-
-
 class SftTrainer:
     """One supervised update after another."""
 
@@ -59,37 +52,76 @@ class SftTrainer:
 
     def step(self, update: Update[SftSample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the samples. Returns metrics of all ranks."""
-        distributed, timer = self.distributed, self.run.timer
-        with timer.phase("vision"), distributed.gathered_parameters():
-            videos = self.run.encode(update.pixels)
-        pairs = [self.run.tokens[i] for i in update.indices]
-        is_valid = update.is_valid
-        num_samples = distributed.sum_across_ranks(is_valid.sum().double()).item()
+        distributed, timer, device = self.distributed, self.run.timer, self.distributed.device
+        with timer.phase("vision"):
+            visual = VisualTokens(distributed, self.run.encode(update.pixels))
+        num_samples = distributed.sum_across_ranks(torch.tensor(float(sum(update.is_valid)))).item()
         if num_samples == 0:
             reasons = self.run.output_dir / BAD_SAMPLES_FILE
             error = DataError(
                 f"update {update.step}: no video could be decoded; repair them, {reasons} has the reasons"
             )
             raise on_every_rank(error)
-        is_valid = is_valid.to(distributed.device)
-        sums = TokenSums()
+        pairs = [self.run.tokens[i] for i in update.indices]
+        prompt_ids = [prompt.to(device) for prompt, _ in pairs]
+        answers = pad_sequence([answer for _, answer in pairs], batch_first=True).to(device)
         with timer.phase("train"):
-            for rows in self.run.micro_batches(len(pairs)):
-                ids, mask = self._pad([answer_ids for _, answer_ids in pairs[rows]])
-                prompt_ids = [prompt_ids.to(distributed.device) for prompt_ids, _ in pairs[rows]]
-                logits = distributed(prompt_ids, videos[rows], ids, mask, share_prefix=False)
-                losses = -answer_logps(logits, ids, mask) * is_valid[rows]
-                distributed.backward(losses.sum() / num_samples)
-                num_tokens = (mask & is_valid[rows][:, None]).sum()
-                sums.add({"loss": (losses.sum(), is_valid[rows].sum()), "num_tokens": (num_tokens, num_tokens * 0)})
+            sums = TokenSums()
+            for micro_batch in self._pack(update, prompt_ids, visual, [len(answer) for _, answer in pairs]):
+                logps = distributed(partial(answer_logps, micro_batch, prompt_ids, visual.tokens, answers))
+                loss = -logps.sum() * (not micro_batch.is_blank)
+                distributed.backward(loss / num_samples)
+                numbers = torch.zeros(2) if micro_batch.is_blank else count(micro_batch)
+                num_rows, num_tokens = numbers.to(device)
+                sums.add({"loss": (loss, num_rows), "num_tokens": (num_tokens, num_tokens * 0)})
+            visual.backward()
         with timer.phase("optimizer"):
             learning_rate = distributed.learning_rate
             grad_norm = distributed.step()
         return {**sums.means(distributed), "grad_norm": grad_norm, "learning_rate": learning_rate}, []
 
-    def _pad(self, answers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right-padded ids (B, T) and mask (B, T) bool on the device."""
-        ids = pad_sequence(answers, batch_first=True, padding_value=self.run.processor.pad_token_id)
-        lengths = torch.tensor([len(answer) for answer in answers])
-        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        return ids.to(self.distributed.device), mask.to(self.distributed.device)
+    def _pack(
+        self,
+        update: Update[SftSample],
+        prompt_ids: Sequence[torch.Tensor],
+        visual: VisualTokens,
+        lengths: Sequence[int],
+    ) -> list[MicroBatch]:
+        """Micro-batches of the usable samples, each a prompt with one completion. All ranks call it."""
+        with self.distributed.gathered_parameters():
+            prompt_lengths = self.run.model.prompt_lengths(prompt_ids, visual.detached)
+        usable = {place: [place] for place, is_valid in enumerate(update.is_valid) if is_valid}
+        budget = self.run.config.optim.max_tokens_per_micro_batch
+        with agreement(self.distributed):
+            micro_batches = pack_groups(prompt_lengths, usable, lengths, budget)
+        return keep_step(self.distributed, micro_batches, prompt_lengths)
+
+
+def count(micro_batch: MicroBatch) -> torch.Tensor:
+    """Its answers and their tokens, (2,)."""
+    return torch.tensor([len(micro_batch.rows), sum(micro_batch.row_lengths)], dtype=torch.float32)
+
+
+def answer_logps(
+    micro_batch: MicroBatch,
+    prompt_ids: Sequence[torch.Tensor],  # B × (L_i,)
+    visual_tokens: Sequence[torch.Tensor],  # B × (Q, D)
+    answers: torch.Tensor,  # (B, T) ids, right-padded
+    model: VideoLanguageModel,
+) -> torch.Tensor:
+    """Mean log-probability of the tokens of each answer in a micro-batch: (answers,)."""
+    device = answers.device
+    inputs, places = (micro_batch.places(answers.shape[1], device, inputs=only) for only in (True, False))
+    states = model.completion_states(
+        [prompt_ids[prompt] for prompt in micro_batch.prompts],
+        [visual_tokens[prompt] for prompt in micro_batch.prompts],
+        answers.flatten()[inputs],
+        micro_batch.layout,
+    )
+    weight, bias = model.head
+    # The ids are the tokenizer's own; looking at their values would wait for a GPU.
+    is_cheap = device.type == "cpu"
+    logps = linear_logps(states, weight, answers.flatten()[places], bias=bias, check_values=is_cheap)
+    lengths = torch.tensor(micro_batch.row_lengths, device=device)
+    rows = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=len(places))
+    return torch.zeros(len(lengths), device=device).index_add(0, rows, logps) / lengths

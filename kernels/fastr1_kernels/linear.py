@@ -18,6 +18,7 @@ Memory for C rows per chunk, e bytes per element of hidden, M rows: e·C·V + 4�
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -75,6 +76,12 @@ class Rows:
         return self.hidden.new_zeros(len(self.hidden), dtype=dtype), self.hidden.new_zeros(
             len(self.hidden), dtype=dtype
         )
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of their inputs, whatever surrounds the call."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def default_chunk_size(hidden: Tensor, is_frozen: bool) -> int:
@@ -181,7 +188,7 @@ def loss_of_chunks(rows: Rows, head: HeadTensors, options: HeadOptions, loss: To
     inputs = (rows.hidden, *head)
     needed = tuple(x is not None and x.requires_grad for x in inputs)
     logps, entropy = rows.outputs()
-    with torch.no_grad(), torch.autocast(rows.hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(rows.hidden):
         buffers = rows.buffers(head, options)
         gradients = HeadGradients(rows.hidden, head, needed, options.lora_scale)
         for i, chunk in enumerate(rows.chunks):
@@ -228,7 +235,7 @@ def score_chunks(rows: Rows, head: HeadTensors, options: HeadOptions) -> tuple[T
     """logps and entropy (N,), and what the gradient needs of a row beside its entropy, (2, N)."""
     logps, entropy = rows.outputs()
     state = logps.new_zeros(2, len(logps))
-    with torch.autocast(rows.hidden.device.type, enabled=False):
+    with without_autocast(rows.hidden):
         buffers = rows.buffers(head, options)
         for chunk in rows.chunks:
             index = rows.index(chunk)
@@ -251,7 +258,7 @@ def logps_gradients(
     hidden = rows.hidden
     gradients = HeadGradients(hidden, head, needed, options.lora_scale)
     d_logps = torch.zeros_like(entropy) if d_logps is None else d_logps
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         buffers = rows.buffers(head, options)
         for chunk in rows.chunks[: rows.signal]:
             index = rows.index(chunk)

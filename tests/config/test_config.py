@@ -231,6 +231,9 @@ LIMITS = [
     ("optim.max_steps", "1", "-2"),
     ("optim.per_device_train_batch_size", "1", "0"),
     ("optim.gradient_accumulation_steps", "1", "0"),
+    ("optim.max_tokens_per_micro_batch", "1", "0"),
+    ("grpo.num_iterations", "1", "0"),
+    ("grpo.steps_per_generation", "1", "0"),
     ("data.num_frames", "-1", "0"),
     ("data.num_frames", "1", "-2"),
     ("data.max_bad_fraction", "1", "1.5"),
@@ -401,7 +404,7 @@ def test_deepspeed_override_keeps_the_other_entries(tmp_path: Path) -> None:
 
 def test_loss_options_take_every_field_of_their_name(minimal: Path) -> None:
     settings = ["loss_type=grpo", "epsilon=0.1", "epsilon_high=0.3", "delta=2", "kl_estimator=k2", "entropy_coef=0.5"]
-    grpo = load_config(minimal, [f"grpo.{setting}" for setting in (*settings, "temperature=0.7", "beta=0.2")]).grpo
+    grpo = load_config(minimal, [f"grpo.{setting}" for setting in (*settings, "temperature=0.7", "beta=0.2", "sampler_correction=icepop")]).grpo
     options = loss_options(grpo)
     shared = {field.name for field in fields(LossOptions)} & {field.name for field in fields(grpo)}
     assert {

@@ -6,11 +6,13 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import second_family
 import torch
+from packed_toys import packed_logits, padded_logits
 from torch.testing import assert_close
 from trainer_toys import INSTRUCTION, NUM_SAMPLES, build_model, build_tokenizer, make_config, metrics_of, write_world
 
@@ -68,33 +70,34 @@ def ragged_batch(pair: Pair) -> tuple[list[torch.Tensor], list[torch.Tensor], to
     return prompts, videos, completions, mask
 
 
-def test_shared_prefix_equals_the_unshared_forward_in_values_and_all_gradients(pair: Pair) -> None:
+@pytest.mark.parametrize("max_tokens", [10**6, 120], ids=["one micro-batch", "divided groups"])
+def test_packed_forward_equals_the_padded_one_in_values_and_all_gradients(pair: Pair, max_tokens: int) -> None:
     model = pair[0].double()
     prompts, videos, completions, mask = ragged_batch(pair)
     results = []
-    for share_prefix in (True, False):
+    for forward in (partial(packed_logits, max_tokens=max_tokens), padded_logits):
         model.zero_grad()
-        logits = model(prompts, videos, completions, mask, share_prefix)
+        logits = forward(model, prompts, videos, completions, mask)
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
         (logits * weights * mask[..., None]).sum().backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((logits[mask].detach(), grads))
-    (shared, shared_grads), (plain, plain_grads) = results
-    assert_close(shared, plain, atol=1e-9, rtol=1e-7)
-    assert shared_grads.keys() == plain_grads.keys()
-    assert {name.split(".")[0] for name in shared_grads} == {"vision_tower", "connector", "language_model"}
+    (packed, packed_grads), (plain, plain_grads) = results
+    assert_close(packed, plain, atol=1e-9, rtol=1e-7)
+    assert packed_grads.keys() == plain_grads.keys()
+    assert {name.split(".")[0] for name in packed_grads} == {"vision_tower", "connector", "language_model"}
     for name, expected in plain_grads.items():
         scale = max(expected.abs().max().item(), 1)
-        assert_close(shared_grads[name], expected, atol=1e-6 * scale, rtol=1e-6, msg=lambda m, n=name: n + m)
+        assert_close(packed_grads[name], expected, atol=1e-6 * scale, rtol=1e-6, msg=lambda m, n=name: n + m)
 
 
 @torch.no_grad()
 def test_left_padding_does_not_change_a_prompt(pair: Pair) -> None:
     prompts, videos, completions, mask = ragged_batch(pair)
-    together = pair[0](prompts, videos, completions, mask)
+    together = padded_logits(pair[0], prompts, videos, completions, mask)
     for i in range(3):
         rows = slice(2 * i, 2 * i + 2)
-        alone = pair[0](prompts[i : i + 1], videos[i : i + 1], completions[rows], mask[rows])
+        alone = padded_logits(pair[0], prompts[i : i + 1], videos[i : i + 1], completions[rows], mask[rows])
         assert_close(together[rows][mask[rows]], alone[mask[rows]], atol=2e-5, rtol=1e-5)
 
 
@@ -145,8 +148,8 @@ def test_completion_ends_with_any_end_token() -> None:
     model, processor = second_family.build_model(second_family.CONFIG).eval(), second_family.SecondProcessor()
     with torch.no_grad():
         model.language_model.lm_head.weight[list(processor.end_token_ids)] *= 4
-    prompt, pixels = processor.prompt_ids("Why?"), processor.blank_pixels(2)
-    rollout = sample_completions(model, processor, [prompt], [pixels], SamplingParams(40), num_generations=64)
+    prompt, tokens = processor.prompt_ids("Why?"), model.visual_tokens([processor.blank_pixels(2)])
+    rollout = sample_completions(model, processor, [prompt], tokens, SamplingParams(40), num_generations=64)
     last = {ids[mask][-1].item() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)}
     assert set(processor.end_token_ids) <= last
     for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from packed_toys import packed_logits, padded_logits
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.testing import assert_close
@@ -62,7 +63,7 @@ def test_splice_logits_and_logps_match_original(model, expected):
         logits = model.language_model(inputs_embeds=embeds[None]).logits
         completion = expected["completion_ids"][None]
         mask = torch.ones_like(completion, dtype=torch.bool)
-        scored = model([expected["prompt_ids"]], [features], completion, mask)
+        scored = packed_logits(model, [expected["prompt_ids"]], [features], completion, mask)
     assert_close(embeds[None], expected["inputs_embeds"], atol=1e-5, rtol=0)
     assert_close(logits, expected["logits"], atol=4e-5, rtol=0)
     assert_close(scored, expected["logits"][:, -completion.shape[1] - 1 : -1], atol=4e-5, rtol=0)
@@ -70,15 +71,15 @@ def test_splice_logits_and_logps_match_original(model, expected):
     assert_close(logps, expected["completion_logps"], atol=4e-5, rtol=0)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_grpo_loss_and_gradients_match_original(expected, expected_json, share_prefix):
+@pytest.mark.parametrize("forward", [packed_logits, padded_logits])
+def test_grpo_loss_and_gradients_match_original(expected, expected_json, forward):
     from fastr1_kernels import grpo_loss
 
     model = load_model(shared_path("fixtures/tinyllava/group"), device="cpu", dtype="float32")
     model.freeze(["vision_tower"])
     mask = expected["grpo.completion_mask"].bool()
     features = model.encode(expected["pixel_values"])
-    logits = model([expected["grpo.prompt_ids"]], [features], expected["grpo.completion_ids"], mask, share_prefix)
+    logits = forward(model, [expected["grpo.prompt_ids"]], [features], expected["grpo.completion_ids"], mask)
     out = grpo_loss(
         logits,
         expected["grpo.completion_ids"],
@@ -114,13 +115,13 @@ def _ragged_batch(model, expected):
     return prompts, [features, features.flip(0), features], completions, mask
 
 
-def test_shared_prefix_equals_unshared_forward_in_values_and_gradients(expected):
+def test_packed_forward_equals_the_padded_one_in_values_and_gradients(expected):
     """Three ragged prompts, two completions each, one of a single token; fp64 but for the decoder's fp32 norms."""
     grads, outputs = [], []
-    for share_prefix in (True, False):
+    for forward in (packed_logits, padded_logits):
         model = load_model(shared_path("fixtures/tinyllava/group"), device="cpu", dtype=torch.float64)
         prompts, features, completions, mask = _ragged_batch(model, expected)
-        logits = model(prompts, features, completions, mask, share_prefix)
+        logits = forward(model, prompts, features, completions, mask)
         weights = torch.randn(
             logits.shape, generator=torch.Generator().manual_seed(1), device="cpu", dtype=torch.float64
         )
@@ -137,8 +138,8 @@ def test_shared_prefix_equals_unshared_forward_in_values_and_gradients(expected)
 def test_left_padding_does_not_change_a_prompt(model, expected):
     prompts, features, completions, mask = _ragged_batch(model, expected)
     with torch.no_grad():
-        together = model(prompts, features, completions, mask)
-        alone = model(prompts[1:2], features[1:2], completions[2:4], mask[2:4])
+        together = padded_logits(model, prompts, features, completions, mask)
+        alone = padded_logits(model, prompts[1:2], features[1:2], completions[2:4], mask[2:4])
     assert_close(together[2:4][mask[2:4]], alone[mask[2:4]], atol=2e-5, rtol=0)
 
 

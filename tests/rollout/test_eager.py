@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from packed_toys import packed_logits, padded_logits
 from safetensors.torch import load_file
 from shared_data import shared_path
 from trainer_toys import INSTRUCTION, build_model, build_tokenizer, problem
@@ -73,7 +74,9 @@ def kept(rollout: Rollout, row: int) -> list[int]:
 
 def draw(model, processor, prompts, videos, **kwargs) -> Rollout:
     params = SamplingParams(**{"max_completion_length": LENGTH, **kwargs.pop("params", {})})
-    return sample_completions(model, processor, prompts, videos, params, **kwargs)
+    with torch.no_grad():
+        visual_tokens = model.visual_tokens(videos)
+    return sample_completions(model, processor, prompts, visual_tokens, params, **kwargs)
 
 
 # Greedy
@@ -162,7 +165,7 @@ def test_first_tokens_follow_softmax(model, processor, prompts, videos, temperat
     )
     with torch.no_grad():
         one = torch.zeros(1, 1, dtype=torch.long)
-        logits = model(prompts[:1], videos[:1], one, torch.ones(1, 1, dtype=torch.bool))[0, 0]
+        logits = padded_logits(model, prompts[:1], videos[:1], one, torch.ones(1, 1, dtype=torch.bool))[0, 0]
     probabilities = (logits / temperature).softmax(-1)
     likeliest = probabilities.topk(top).indices
     expected = torch.cat([probabilities[likeliest], 1 - probabilities[likeliest].sum(0, keepdim=True)]) * num_draws
@@ -175,7 +178,7 @@ def test_first_tokens_follow_softmax(model, processor, prompts, videos, temperat
 def test_top_k_and_top_p_restrict_the_draws(model, processor, prompts, videos) -> None:
     with torch.no_grad():
         one = torch.zeros(1, 1, dtype=torch.long)
-        logits = model(prompts[:1], videos[:1], one, torch.ones(1, 1, dtype=torch.bool))[0, 0]
+        logits = padded_logits(model, prompts[:1], videos[:1], one, torch.ones(1, 1, dtype=torch.bool))[0, 0]
     probabilities, order = logits.softmax(-1).sort(descending=True)
     top_p = 0.3
     nucleus = int((probabilities.cumsum(0) < top_p).sum()) + 1
@@ -202,7 +205,7 @@ def test_top_k_and_top_p_restrict_the_draws(model, processor, prompts, videos) -
 def test_sampler_logps_equal_those_of_the_training_forward(model, processor, prompts, videos, temperature) -> None:
     rollout = draw(model, processor, prompts, videos, params={"temperature": temperature}, num_generations=3)
     with torch.no_grad():
-        logits = model(prompts, videos, rollout.completion_ids, rollout.completion_mask)
+        logits = packed_logits(model, prompts, videos, rollout.completion_ids, rollout.completion_mask)
     logps = selective_log_softmax(logits, rollout.completion_ids, temperature=temperature)
     mask = rollout.completion_mask
     torch.testing.assert_close(rollout.sampler_logps[mask], logps[mask], atol=1e-4, rtol=0)

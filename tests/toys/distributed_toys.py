@@ -121,7 +121,7 @@ def make_engine(stage: int, *, optim: OptimConfig = OPTIM, dtype: torch.dtype = 
     if stage == 3:
         # The default keeps small parameters whole, which would leave nothing to test in a toy.
         zero["stage3_param_persistence_threshold"] = 0
-    return DistributedModel(ToyModel(dtype), optim, {"zero_optimization": zero}, dtype=dtype, num_updates=NUM_UPDATES)
+    return DistributedModel(ToyModel(dtype), optim, {"zero_optimization": zero}, dtype=dtype, num_steps=NUM_UPDATES)
 
 
 def full_parameters(engine: DistributedModel) -> dict[str, torch.Tensor]:

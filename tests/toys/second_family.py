@@ -82,8 +82,9 @@ class SecondModel(VideoLanguageModel):
     def decoder(self) -> Any:
         return self.language_model.model
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.language_model.lm_head(hidden)
+    @property
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.language_model.lm_head.weight, None
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # (F, 3, 20, 28) → (4·F, 8)
         return self.vision_tower(pixels.to(self.dtype)).flatten(2).transpose(1, 2).flatten(0, 1)

@@ -272,7 +272,7 @@ def test_default_is_zero_stage_1() -> None:
 
 def test_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(DistributedError, match=r"model\.freeze"):
-        DistributedModel(ToyModel().requires_grad_(False), OPTIM, {}, dtype=torch.float32, num_updates=1)
+        DistributedModel(ToyModel().requires_grad_(False), OPTIM, {}, dtype=torch.float32, num_steps=1)
 
 
 TWO_RANK_SPLITS = ((2, 2), (1, 1, 1, 1), (3, 1))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from trainer_toys import build_model, build_tokenizer, make_config, problem
 
 from fastr1.config import loss_options
@@ -30,7 +31,9 @@ from fastr1.rollout.noise import completion_keys
 from fastr1.schema import Batch, Rollout, Sample, Scored, SftSample, Update
 from fastr1.training.grpo import GRPOTrainer
 from fastr1.training.loop import TrainingRun
+from fastr1.training.passes import plan_steps
 from fastr1.training.sft import SftTrainer
+from fastr1.training.visual import VisualTokens
 from fastr1.video import preprocess_frames, resize
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
@@ -58,15 +61,24 @@ class FakeDistributed:
     def __init__(self, model: TinyLlavaVideo, device: torch.device) -> None:
         self.model, self.device = model, device
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits: torch.Tensor = self.model(*args, **kwargs)
-        assert logits.device == self.device
-        return logits
+    def __call__(self, compute: Any) -> Any:
+        outputs = self.model(compute)
+        assert all(x.device == self.device for x in tree_leaves(outputs) if isinstance(x, torch.Tensor))
+        return outputs
 
     def backward(self, loss: torch.Tensor) -> None:
         assert (loss.device, loss.shape, loss.requires_grad) == (self.device, (), True)
         if self.device == META:
             loss.backward()
+
+    def backward_from(self, outputs: Any, grads: Any) -> None:
+        for output, grad in zip(outputs, grads, strict=True):
+            assert (output.device, output.shape) == (grad.device, grad.shape) == (self.device, output.shape)
+        if self.device == META:
+            torch.autograd.backward(outputs, grads)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
 
     def step(self) -> float:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -129,6 +141,8 @@ def fake_run(request: pytest.FixtureRequest, tokenizer: Any, monkeypatch: pytest
     examples = [processor.conversation_ids(problem(i), "A. " * (i + 1), origin="toy") for i in range(NUM_PROMPTS)]
     place = {len(ids): ids.tolist().index(-200) for ids in [*prompts, *(prompt for prompt, _ in examples)]}
     monkeypatch.setattr("fastr1_kernels.dispatch._runs_triton", lambda x: False)
+    if device == GPU:  # the linear loss differentiates in its forward pass
+        monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs, __: [torch.zeros_like(x) for x in inputs])
     with FakeTensorMode(allow_non_fake_inputs=device == META) as mode:
         # The place of the video in a prompt is a value, which fake tensors lack.
         found = SimpleNamespace(flatten=lambda: found, tolist=lambda: [found.place])
@@ -153,7 +167,6 @@ def fake_run(request: pytest.FixtureRequest, tokenizer: Any, monkeypatch: pytest
             tokens=[(mode.from_tensor(prompt), mode.from_tensor(answer)) for prompt, answer in examples],
         )
         run.encode = lambda pixels: TrainingRun.encode(run, pixels)  # type: ignore[arg-type]
-        run.micro_batches = lambda count: TrainingRun.micro_batches(run, count)  # type: ignore[arg-type]
         run._blank = lambda: TrainingRun._blank(run)  # type: ignore[arg-type]
         yield run
 
@@ -182,22 +195,30 @@ def grpo_trainer(run: Any, **changes: Any) -> GRPOTrainer:
     trainer = GRPOTrainer.__new__(GRPOTrainer)
     trainer.run, trainer.config, trainer.grpo = run, run.config, run.config.grpo
     trainer.distributed, trainer.timer, trainer.reference = run.distributed, run.timer, run.model
-    trainer.loss_options, trainer.waits_cost = loss_options(run.config.grpo), True
+    trainer.loss_options, trainer.check_values = loss_options(run.config.grpo), False
     return trainer
 
 
-def batch_of(run: Any) -> Batch:
-    """As `_roll_out` and `_score` leave it: ids, masks and advantages on the GPU, which samples count on the CPU."""
+def batch_of(run: Any, visual: VisualTokens) -> Batch:
+    """As `_roll_out` and `_score` leave it: ids and advantages on the GPU, what counts and its lengths on the CPU."""
     rows, length = NUM_PROMPTS * GROUP, 5
     mask = torch.ones(rows, length, dtype=torch.bool, device=run.device)
     ids = torch.zeros(rows, length, dtype=torch.long, device=run.device)
     rollout = Rollout(ids, mask, torch.zeros(rows, length, device=run.device), mask[:, 0], [""] * rows)
-    videos = run.encode([pixels(run), None])
-    samples = [Sample(str(i), problem(i), "ABC", "A", Path("none.mp4"), "toy") for i in range(NUM_PROMPTS)]
     prompts = [ids.to(run.device) for ids in run.prompts]
-    scored = Scored([0.0] * rows, {})
-    advantages = torch.zeros(rows, device=run.device)
-    return Batch(samples, prompts, videos, update_of(run).is_valid, rollout, scored, advantages, mask)
+    counted = [True] * GROUP + [False] * (rows - GROUP)
+    return Batch(
+        samples=[Sample(str(i), problem(i), "ABC", "A", Path("none.mp4"), "toy") for i in range(NUM_PROMPTS)],
+        prompt_ids=prompts,
+        prompt_lengths=run.model.prompt_lengths(prompts, visual.detached),
+        is_valid=[True, False],
+        rollout=rollout,
+        lengths=[length] * rows,
+        scored=Scored([0.0] * rows, {}),
+        advantages=torch.zeros(rows, device=run.device),
+        is_counted=counted,
+        has_signal=counted,
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,12 +232,13 @@ def batch_of(run: Any) -> Batch:
 )
 def test_grpo_reference_loss_and_backward(fake_run: Any, changes: dict[str, Any]) -> None:
     trainer = grpo_trainer(fake_run, optim__per_device_train_batch_size=1, **changes)
-    batch = batch_of(fake_run)
-    batch.ref_logps = trainer._compute_ref_logps(batch)
+    visual = VisualTokens(fake_run.distributed, fake_run.encode([pixels(fake_run), None]))
+    batch = batch_of(fake_run, visual)
+    steps = plan_steps(batch, fake_run.distributed, prompts_per_step=NUM_PROMPTS, max_tokens=1000)
+    batch.ref_logps = trainer._compute_logps(fake_run.model, batch, steps, visual.detached)
     assert batch.ref_logps.device == fake_run.device
-    sums = trainer._accumulate_gradients(batch)
-    fake_run.distributed.step()
-    assert {"loss", "sampler_gap"} <= set(sums.means(fake_run.distributed))
+    metrics = trainer._optimize(batch, steps, visual)
+    assert {"loss", "sampler_gap"} <= set(metrics)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_toys import pack
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.nn.utils.rnn import pad_sequence
@@ -64,9 +65,13 @@ def test_losses_match_the_original(cut: bool) -> None:
     lengths = torch.tensor([len(answer_ids) for answer_ids in answers])
     mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
     with torch.no_grad():
-        features = model.encode(pixels)
         prompts = [prompt_ids for prompt_ids, _ in examples]
-        rows = -answer_logps(model(prompts, [features] * len(prompts), ids, mask, share_prefix=False), ids, mask)
+        tokens = model.visual_tokens([model.encode(pixels)]) * len(prompts)
+        micro_batches = pack(model, prompts, tokens, mask, max_tokens=400)
+        assert len(micro_batches) > 1
+        rows = torch.zeros(len(prompts))
+        for micro_batch in micro_batches:
+            rows[micro_batch.rows] = -answer_logps(micro_batch, prompts, tokens, ids, model)
     batch_loss = ((rows * lengths).sum() / lengths.sum()).item()  # the original weighs every token alike
     if cut:
         assert batch_loss == pytest.approx(expected["truncated"]["batch_loss"], abs=2e-5)

@@ -88,9 +88,9 @@ class TinyLlavaVideo(VideoLanguageModel):
     def decoder(self) -> Any:
         return self.language_model.model
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.language_model.lm_head(hidden)
-        return logits
+    @property
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.language_model.lm_head.weight, None
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tower only: (F, 3, S, S) → patch features (F, patches − 1, vision_dim)."""
