@@ -74,8 +74,8 @@ def compute_logps(
 ) -> torch.Tensor:
     """Log-probabilities (B·G·T,) of the tokens of these micro-batches, zeros elsewhere."""
     ids = batch.rollout.completion_ids
-    logps = torch.zeros(ids.numel(), device=ids.device)
     weight, bias = model.head
+    logps = torch.zeros(ids.numel(), device=ids.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     for micro_batch in micro_batches:
         places = micro_batch.places(ids.shape[1], ids.device)
         states = completion_states(model, batch, micro_batch, visual_tokens)
