@@ -59,6 +59,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
     "grpo.advantage_noise_std": _AT_LEAST_ZERO,
     "grpo.num_iterations": _AT_LEAST_ONE,
+    "grpo.max_num_gen_batches": _AT_LEAST_ONE,
     "grpo.steps_per_generation": _AT_LEAST_ONE,
     "optim.learning_rate": _AT_LEAST_ZERO,
     "optim.warmup_ratio": _SHARE,
@@ -246,6 +247,12 @@ def _check_steps(config: TrainConfig) -> None:
             f"grpo.num_iterations={grpo.num_iterations} and grpo.steps_per_generation={grpo.steps_per_generation} take "
             f"{num_steps} steps of the optimizer per rollout, and grpo.loss_type={grpo.loss_type!r} knows no older "
             "policy: leave them out, or use 'grpo' or 'dapo'"
+        )
+    learning_from_all = [name for name in ("beta", "entropy_coef", "advantage_noise_std") if getattr(grpo, name) != 0]
+    if grpo.max_num_gen_batches > 1 and learning_from_all:
+        raise ConfigError(
+            f"grpo.max_num_gen_batches={grpo.max_num_gen_batches} has no effect with grpo.{learning_from_all[0]}, which "
+            "gives every group a signal: leave one of them out"
         )
     if grpo.sampler_correction == "none":
         for name in ("sampler_cap", "sampler_floor"):

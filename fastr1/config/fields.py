@@ -90,6 +90,7 @@ class GRPOConfig:
     num_iterations: int = 1  # passes of the optimizer over the completions of an update
     # Micro-steps per rollout: over gradient_accumulation_steps, it is how many steps of the optimizer a pass takes.
     steps_per_generation: int | None = None  # None: gradient_accumulation_steps, one step
+    max_num_gen_batches: int = 1  # tries per update to fill it with groups that have a signal; 1: it is taken as it is
     sampler_correction: SamplerCorrection = "none"  # weights for probabilities of the sampler that differ
     sampler_cap: float = 3.0  # largest trainer/sampler ratio: larger ones are cut to it or masked
     sampler_floor: float = 0.5  # icepop also masks smaller ones

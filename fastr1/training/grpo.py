@@ -31,6 +31,7 @@ from fastr1.rollout import SamplingParams, sample_completions
 from fastr1.schema import Batch, DataError, Rollout, Sample, Update
 from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun, load_policy
+from fastr1.training.oversampling import choose_groups, groups_with_signal, refill
 from fastr1.training.packing import MicroBatch, check_fits
 from fastr1.training.passes import OptimizerStep, compute_logps, compute_loss, plan_steps
 from fastr1.training.stop import StopRequest
@@ -72,15 +73,8 @@ class GRPOTrainer:
 
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the prompts. Returns metrics of all ranks and this rank's rollout rows."""
-        prompt_ids = [self.run.tokens[i].to(self.distributed.device) for i in update.indices]
-        with self.timer.phase("vision"):
-            videos = self.run.encode(update.pixels)
-            visual = VisualTokens(self.distributed, videos)
-        with self.timer.phase("rollout"), self.distributed.gathered_parameters():
-            prompt_lengths = self._measure_prompts(update.samples, prompt_ids, visual.detached)
-            rollout = self._roll_out(prompt_ids, visual.detached, update.keys)
-        with self.timer.phase("reward"):
-            batch = self._score(update, prompt_ids, prompt_lengths, rollout)
+        batch, visual = self._sample(update)
+        batch, num_extra = self._replace_groups(update, batch, visual)
         steps = plan_steps(
             batch,
             self.distributed,
@@ -93,14 +87,43 @@ class GRPOTrainer:
         if self.reference is not None:
             with self.timer.phase("reference"):
                 # Its connector is the initial one: the tokens are the policy's only where that is frozen.
-                tokens = self._see(self.reference, videos) if visual.is_trained else visual.detached
+                tokens = self._see(self.reference, visual.videos) if visual.is_trained else visual.detached
                 batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
-        metrics = self._optimize(batch, steps, visual)
-        return {**metrics, **summarise_rollout(self.distributed, batch)}, rollout_rows(batch)
+        metrics = {**self._optimize(batch, steps, visual), **summarise_rollout(self.distributed, batch)}
+        return {**metrics, "extra_groups": float(num_extra)}, rollout_rows(batch)
 
     def close(self) -> None:
         """End what the reward functions run in."""
         self.scorer.close()
+
+    def _sample(self, update: Update[Sample]) -> tuple[Batch, VisualTokens]:
+        """Videos, completions, rewards and advantages of this rank's prompts. All ranks call it."""
+        prompt_ids = [self.run.tokens[i].to(self.distributed.device) for i in update.indices]
+        with self.timer.phase("vision"):
+            visual = VisualTokens(self.distributed, self.run.encode(update.pixels))
+        with self.timer.phase("rollout"), self.distributed.gathered_parameters():
+            prompt_lengths = self._measure_prompts(update.samples, prompt_ids, visual.detached)
+            rollout = self._roll_out(prompt_ids, visual.detached, update.keys)
+        with self.timer.phase("reward"):
+            batch = self._score(update, prompt_ids, prompt_lengths, rollout)
+            self._weigh(batch, update.step)
+        return batch, visual
+
+    def _replace_groups(self, update: Update[Sample], batch: Batch, visual: VisualTokens) -> tuple[Batch, int]:
+        """Further prompts in the place of those whose completions teach nothing, until none is left or the tries are
+        used up; and how many were drawn, on all ranks, which draw alike."""
+        num_extra = 0
+        for attempt in range(1, self.grpo.max_num_gen_batches):
+            missing = max(self.distributed.gather_objects(groups_with_signal(batch).count(False)))
+            if missing == 0:
+                break
+            more, more_visual = self._sample(self.run.draw_further(update.step, attempt, missing))
+            chosen = choose_groups(groups_with_signal(batch), groups_with_signal(more))
+            batch = refill(batch, more, chosen, self.run.processor.pad_token_id)
+            visual.refill(more_visual, chosen)
+            self._weigh(batch, update.step)
+            num_extra += missing * self.distributed.world_size
+        return batch, num_extra
 
     def _measure_prompts(
         self, samples: Sequence[Sample], prompt_ids: list[torch.Tensor], visual_tokens: list[torch.Tensor]
@@ -131,17 +154,36 @@ class GRPOTrainer:
     def _score(
         self, update: Update[Sample], prompt_ids: list[torch.Tensor], prompt_lengths: list[int], rollout: Rollout
     ) -> Batch:
-        """Rewards of this rank's completions, and advantages from the rewards of all ranks."""
-        grpo, device = self.grpo, self.distributed.device
+        """Rewards of this rank's completions; their advantages are set by `_weigh`."""
+        group = self.grpo.num_generations
         with agreement(self.distributed):
-            scored = self.scorer.score(rollout.texts, [s for s in update.samples for _ in range(grpo.num_generations)])
-        is_counted = torch.tensor(update.is_valid).repeat_interleave(grpo.num_generations)
+            scored = self.scorer.score(rollout.texts, [s for s in update.samples for _ in range(group)])
+        is_counted = torch.tensor(update.is_valid).repeat_interleave(group)
+        if self.grpo.mask_truncated_completions:
+            is_counted = is_counted & ~rollout.is_truncated.cpu()
+        return Batch(
+            samples=update.samples,
+            prompt_ids=prompt_ids,
+            prompt_lengths=prompt_lengths,
+            is_valid=update.is_valid,
+            rollout=rollout,
+            lengths=rollout.completion_mask.sum(dim=1).tolist(),
+            scored=scored,
+            advantages=torch.zeros(len(rollout.texts), device=self.distributed.device),
+            is_counted=is_counted.tolist(),
+            has_signal=is_counted.tolist(),
+        )
+
+    def _weigh(self, batch: Batch, step: int) -> None:
+        """Set advantages, from the rewards of all ranks, and what has a signal."""
+        grpo = self.grpo
+        is_valid = torch.tensor(batch.is_valid).repeat_interleave(grpo.num_generations)
         # NaN: takes no part in the statistics.
-        rewards = torch.tensor(scored.rewards, dtype=torch.float64).masked_fill(~is_counted, torch.nan)
+        rewards = torch.tensor(batch.scored.rewards, dtype=torch.float64).masked_fill(~is_valid, torch.nan)
         everyone = torch.cat(self.distributed.gather_objects(rewards))
         if everyone.isnan().all():
             error = DataError(
-                f"update {update.step}: no video could be decoded, the first is {update.samples[0].video_path}; repair "
+                f"update {step}: no video could be decoded, the first is {batch.samples[0].video_path}; repair "
                 f"the videos, {self.run.output_dir / BAD_SAMPLES_FILE} has the reasons"
             )
             raise on_every_rank(error)
@@ -152,25 +194,13 @@ class GRPOTrainer:
             eps=grpo.advantage_eps,
             leave_one_out=grpo.leave_one_out,
             noise_std=grpo.advantage_noise_std,
-            generator=torch.Generator().manual_seed(self.config.run.seed + update.step),
+            generator=torch.Generator().manual_seed(self.config.run.seed + step),
         )
         mine = advantages.chunk(self.distributed.world_size)[self.distributed.rank].to(torch.float32)
-        if grpo.mask_truncated_completions:
-            is_counted = is_counted & ~rollout.is_truncated.cpu()
         # Every objective is a multiple of the advantage: without KL and bonus there is nothing to learn where it is 0.
         learns_from_all = grpo.beta != 0 or grpo.entropy_coef != 0
-        return Batch(
-            samples=update.samples,
-            prompt_ids=prompt_ids,
-            prompt_lengths=prompt_lengths,
-            is_valid=update.is_valid,
-            rollout=rollout,
-            lengths=rollout.completion_mask.sum(dim=1).tolist(),
-            scored=scored,
-            advantages=mine.to(device),
-            is_counted=is_counted.tolist(),
-            has_signal=(is_counted & ((mine != 0) | learns_from_all)).tolist(),
-        )
+        batch.advantages = mine.to(self.distributed.device)
+        batch.has_signal = (torch.tensor(batch.is_counted) & ((mine != 0) | learns_from_all)).tolist()
 
     @torch.no_grad()
     def _see(self, model: VideoLanguageModel, videos: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -34,6 +34,7 @@ from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
+from fastr1.training.oversampling import draw_places
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
 from fastr1.training.stop import RESUME, SAVING, StopRequest, machine_id, process_id
@@ -299,20 +300,38 @@ class TrainingRun(Generic[S]):
         """This rank's share of every remaining update, its clips loaded ahead. What failed counts when it is due."""
         num_threads, depth = self.config.data.num_decode_threads, 2 * self.samples_per_rank
         with ClipPrefetcher(self._load, self._places(), num_threads=num_threads, depth=depth) as clips:
-            for update in range(self.order.next_update, len(self.order)):
-                with self.timer.phase("decode_wait"), agreement(self.distributed):
-                    loaded = list(itertools.islice(clips, self.samples_per_rank))
+            for number in range(self.order.next_update, len(self.order)):
                 with self.timer.phase("decode_wait"):
-                    mine = [result for _, result in loaded if isinstance(result, BadRow)]
-                    failures = [bad for share in self.distributed.gather_objects(mine) for bad in share]
-                assert len(loaded) == self.samples_per_rank
-                self.bad_data.note("training", update + 1, failures)
-                self.order.next_update = update + 1
-                places = [place for place, _ in loaded]
-                pixels = [None if isinstance(result, BadRow) else result for _, result in loaded]
-                indices, keys = [index for index, _ in places], [key for _, key in places]
-                is_lost = len(failures) == self.order.prompts_per_update
-                yield Update(update + 1, [self.samples[i] for i in indices], indices, keys, pixels, is_lost)
+                    update = self._take(clips, number + 1, self.samples_per_rank)
+                self.order.next_update = number + 1
+                yield update
+
+    def draw_further(self, step: int, attempt: int, number: int) -> Update[S]:
+        """`number` further samples for this rank's share of an update, drawn at random, not by the order. All ranks
+        call it."""
+        first, total = self.distributed.rank * number, number * self.distributed.world_size
+        draw = {"seed": self.config.run.seed, "step": step, "attempt": attempt}
+        places = draw_places(len(self.samples), total, prompts_per_update=self.order.prompts_per_update, **draw)
+        threads = self.config.data.num_decode_threads
+        with (
+            ClipPrefetcher(self._load, places[first : first + number], num_threads=threads, depth=number) as clips,
+            self.timer.phase("decode_wait"),
+        ):
+            return self._take(clips, step, number)
+
+    def _take(self, clips: ClipPrefetcher[tuple[int, int], torch.Tensor | BadRow], step: int, number: int) -> Update[S]:
+        """The next `number` samples of this rank for an update. What failed counts now, when it is due."""
+        with agreement(self.distributed):
+            loaded = list(itertools.islice(clips, number))
+        assert len(loaded) == number
+        mine = [result for _, result in loaded if isinstance(result, BadRow)]
+        failures = [bad for share in self.distributed.gather_objects(mine) for bad in share]
+        self.bad_data.note("training", step, failures)
+        places = [place for place, _ in loaded]
+        pixels = [None if isinstance(result, BadRow) else result for _, result in loaded]
+        indices, keys = [index for index, _ in places], [key for _, key in places]
+        is_lost = len(failures) == number * self.distributed.world_size
+        return Update(step, [self.samples[i] for i in indices], indices, keys, pixels, is_lost)
 
     def _resume(self) -> tuple[int, Path | None]:
         """Restores everything from the checkpoint named in the configuration, if any: updates done, and its folder."""

@@ -233,6 +233,7 @@ LIMITS = [
     ("optim.gradient_accumulation_steps", "1", "0"),
     ("optim.max_tokens_per_micro_batch", "1", "0"),
     ("grpo.num_iterations", "1", "0"),
+    ("grpo.max_num_gen_batches", "1", "0"),
     ("grpo.steps_per_generation", "1", "0"),
     ("data.num_frames", "-1", "0"),
     ("data.num_frames", "1", "-2"),
