@@ -1,0 +1,159 @@
+"""Attention of a packed micro-batch: every prompt once, its completions behind it, no padding.
+
+A completion token attends to its whole prompt and, causally, to its own completion. The two parts are computed apart
+and merged by their log-sum-exp (lse):
+
+    lse = log(exp(lse_1) + exp(lse_2)),   output = Σ_i exp(lse_i − lse) · output_i
+
+In the backward each part's ordinary flash backward is called with the merged output and lse: it rebuilds its own
+probabilities exp(score − lse) from them and the row sums of grad·output, so the gradients are exact and merely added.
+Keys and values of a prompt are neither copied nor read once per completion.
+
+Multiplications, forward, with H heads of size d and prompts of P tokens with completions of R_g input tokens:
+4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g) operations as torch's counter sees them, causal squares counted in full; the
+backward 2.5 times that, as it computes the scores again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastr1.config import ConfigError
+from fastr1.models.packed_backends import sdpa
+from fastr1.models.packed_layout import PackedLayout
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa}
+CHOICES = ("auto", "eager", *BACKENDS)
+
+
+def packed_attention(
+    query: torch.Tensor,  # (1, H, L, d)
+    key: torch.Tensor,  # (1, Hkv, L, d)
+    value: torch.Tensor,  # (1, Hkv, L, d)
+    layout: PackedLayout,
+    scale: float,
+    backend: str,
+) -> torch.Tensor:  # (1, L, H, d)
+    """softmax(scale · query · keyᵀ) · value over what each token of the layout sees; H is a multiple of Hkv.
+
+    `backend` is what `choose_packed_backend` gave. Differentiable once.
+    Raises: ValueError where the tensors are not those of the layout.
+    """
+    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
+        raise ValueError(
+            f"packed attention got queries of shape {tuple(query.shape)} for a layout of {layout.num_tokens} tokens; "
+            "give one sequence of all its tokens"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if backend == "eager":
+        return eager_packed_attention(q, k, v, layout, scale)[None]
+    output: torch.Tensor = _PackedAttention.apply(q, k, v, layout, scale, BACKENDS[backend])
+    return output[None]
+
+
+def eager_packed_attention(
+    query: torch.Tensor,  # (L, H, d)
+    key: torch.Tensor,  # (L, Hkv, d)
+    value: torch.Tensor,  # (L, Hkv, d)
+    layout: PackedLayout,
+    scale: float,
+) -> torch.Tensor:  # (L, H, d)
+    """The same with one softmax over a dense mask of all tokens: what the others are checked against."""
+    num_queries_per_key = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(num_queries_per_key, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    probabilities = scores.masked_fill(~visible(layout, query.device), -math.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", probabilities, value)
+
+
+def visible(layout: PackedLayout, device: torch.device) -> torch.Tensor:
+    """Which token (row) sees which (column): (L, L) bool."""
+    lengths = [*layout.prompt_lengths]
+    prompts = [*range(len(layout.prompt_lengths))]
+    for prompt, group in enumerate(layout.completion_lengths):
+        lengths += group
+        prompts += [prompt] * len(group)
+    counts = torch.tensor(lengths, device=device)
+    segment = torch.arange(len(lengths), device=device).repeat_interleave(counts)
+    prompt_of = torch.tensor(prompts, device=device).repeat_interleave(counts)
+    order = torch.arange(layout.num_tokens, device=device)
+    own = (segment[:, None] == segment) & (order[:, None] >= order)
+    prefix = (order[:, None] >= layout.num_prompt_tokens) & (prompt_of[:, None] == segment)
+    return own | prefix
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Both parts and their merge, on tokens (L, heads, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: PackedLayout,
+        scale: float,
+        backend: ModuleType,
+    ) -> torch.Tensor:
+        head = layout.num_prompt_tokens
+        output, lse = backend.forward(query, key, value, layout.causal, scale)
+        if layout.num_tokens > head:
+            seen, seen_lse = backend.forward(query[head:], key[:head], value[:head], layout.prefix, scale)
+            _merge_(output[head:], lse[:, head:], seen, seen_lse)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        layout, head = ctx.layout, ctx.layout.num_prompt_tokens
+        backward = ctx.backend.backward
+        grads = backward(grad_output, query, key, value, output, lse, layout.causal, ctx.scale)
+        if layout.num_tokens > head:
+            tail = (grad_output[head:], query[head:], key[:head], value[:head], output[head:], lse[:, head:])
+            grad_query, *grads_head = backward(*tail, layout.prefix, ctx.scale)
+            grads[0][head:] += grad_query
+            for grad, share in zip(grads[1:], grads_head, strict=True):
+                for unread in layout.unread_prompts:
+                    share[unread] = 0
+                grad[:head] += share
+        return *grads, None, None, None
+
+
+def _merge_(
+    output: torch.Tensor,  # (T, H, d)
+    lse: torch.Tensor,  # (H, T)
+    other: torch.Tensor,  # (T, H, d)
+    other_lse: torch.Tensor,  # (H, T)
+) -> None:
+    """Turn the output and lse of one part into those of both, in place."""
+    merged = torch.logaddexp(lse, other_lse)
+    weight, other_weight = ((x - merged).exp_().t()[..., None] for x in (lse, other_lse))
+    output.copy_(output * weight + other * other_weight)
+    lse.copy_(merged)
+
+
+_logged: set[str] = set()
+
+
+def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend of packed attention for "auto", or the one that is set, if it runs here; logged once.
+
+    Raises: ConfigError naming the setting and the remedy.
+    """
+    if setting not in CHOICES:
+        raise ConfigError(f"packed attention {setting!r} is unknown; choose from {', '.join(CHOICES)}")
+    chosen = "sdpa" if setting == "auto" else setting
+    if chosen not in _logged:
+        _logged.add(chosen)
+        logger.info("packed attention: %s", chosen)
+    return chosen
