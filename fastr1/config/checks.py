@@ -248,11 +248,11 @@ def _check_steps(config: TrainConfig) -> None:
             f"{num_steps} steps of the optimizer per rollout, and grpo.loss_type={grpo.loss_type!r} knows no older "
             "policy: leave them out, or use 'grpo' or 'dapo'"
         )
-    learning_from_all = [name for name in ("beta", "entropy_coef", "advantage_noise_std") if getattr(grpo, name) != 0]
-    if grpo.max_num_gen_batches > 1 and learning_from_all:
+    from_all = [name for name in ("beta", "entropy_coef", "advantage_noise_std") if getattr(grpo, name) != 0]
+    if grpo.max_num_gen_batches > 1 and from_all:
         raise ConfigError(
-            f"grpo.max_num_gen_batches={grpo.max_num_gen_batches} has no effect with grpo.{learning_from_all[0]}, which "
-            "gives every group a signal: leave one of them out"
+            f"grpo.max_num_gen_batches={grpo.max_num_gen_batches} has no effect with grpo.{from_all[0]}, which gives "
+            "every group a signal: leave one of them out"
         )
     if grpo.sampler_correction == "none":
         for name in ("sampler_cap", "sampler_floor"):

@@ -112,7 +112,9 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     num_train_epochs: float = 1.0
     max_steps: int = -1  # > 0 overrides num_train_epochs
-    per_device_train_batch_size: int = 1  # prompts per process and accumulation step, each with num_generations completions
+    per_device_train_batch_size: int = (
+        1  # prompts per process and accumulation step, each with num_generations completions
+    )
     gradient_accumulation_steps: int = 1
     max_tokens_per_micro_batch: int = 8192  # prompts and completions that are forwarded at a time: bounds the memory
 

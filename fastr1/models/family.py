@@ -18,13 +18,14 @@ from typing import Any, Protocol, Self, TypeVar, cast, get_args
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from fastr1.config import ModelConfig, ModelPart
 from fastr1.models.devices import parse_device, resolve_dtype
-from fastr1.models.packed_attention import forward_packed
+from fastr1.models.packed_attention import choose_packed_backend
+from fastr1.models.packed_forward import forward_packed
 from fastr1.models.packed_layout import PackedLayout
+from fastr1.models.processor import Processor
 
 # "model_type" of a model folder's config.json → the module of its family
 FAMILIES = {"tinyllava": "fastr1.models.tinyllava"}
@@ -50,66 +51,19 @@ class DecoderLayout:
     is_head_tied: bool  # the head is the embedding
 
 
-class Processor(ABC):
-    """Text and frames as the models of a family take them.
-
-    Attributes:
-        tokenizer: of the checkpoint.
-        end_token_ids: a completion ends with any of them.
-        pad_token_id: what fills shorter completions; never looked at.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    end_token_ids: tuple[int, ...]
-    pad_token_id: int
-
-    @abstractmethod
-    def prompt_ids(self, question: str, *, instruction: str = "", origin: str = "question") -> torch.Tensor:
-        """The prompt of one question about one video, the place of the video in it: (L,) int64 on the CPU.
-
-        Raises: DataError where it does not fit into the model beside the video; nothing is cut off.
-        """
-
-    @abstractmethod
-    def conversation_ids(self, question: str, answer: str, *, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt and what is to be said, an end token included: (L,) and (T,) int64 on the CPU.
-
-        Raises: DataError where the two cannot be told apart, or do not fit into the model; nothing is cut off.
-        """
-
-    @abstractmethod
-    def preprocess_frames(
-        self,
-        frames: torch.Tensor,  # (F, 3, height, width) uint8 RGB
-    ) -> torch.Tensor:  # (F, 3, H, W) float32, on the device of the frames
-        """Decoded frames as the vision tower takes them. Thread-safe."""
-
-    @abstractmethod
-    def blank_pixels(self, num_frames: int) -> torch.Tensor:
-        """Frames of one value, mid grey, in the place of a video: (F, 3, H, W) float32 on the CPU."""
-
-    @abstractmethod
-    def save(self, path: Path) -> None:
-        """Write the files that `load_processor` reads into an existing folder."""
-
-    def decode(self, ids: torch.Tensor) -> str:
-        """The text of a completion: special tokens removed, stripped."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
 class VideoLanguageModel(nn.Module, ABC):
     """Vision tower → connector → decoder with a head. Symbols: B prompts, G completions each, see `schema`.
 
     A family provides three submodules and the abstract methods; packing, padding and caching are the same for all of
     them and live here.
 
-    Attributes: packed_backend, what computes the attention of packed completions ("auto" or a name of it).
+    Attributes: packed_attn_implementation, what computes the attention of packed completions.
     """
 
     vision_tower: nn.Module
     connector: nn.Module
     language_model: nn.Module
-    packed_backend: str = "auto"
+    packed_attn_implementation: str = ModelConfig.packed_attn_implementation
 
     @property
     @abstractmethod
@@ -249,8 +203,9 @@ class VideoLanguageModel(nn.Module, ABC):
         """
         prompts = [self.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
         embeds = torch.cat([*prompts, self.decoder.embed_tokens(input_ids)])[None]
+        backend = choose_packed_backend(self.packed_attn_implementation, embeds.device, embeds.dtype)
         positions = self.packed_positions(layout, embeds.device)
-        hidden = forward_packed(self.decoder, embeds, layout, position_ids=positions, backend=self.packed_backend)
+        hidden = forward_packed(self.decoder, embeds, layout, position_ids=positions, backend=backend)
         return hidden[0, layout.rows(embeds.device)]
 
     def packed_positions(self, layout: PackedLayout, device: torch.device) -> torch.Tensor:

@@ -33,6 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from fastr1.config import OptimConfig, check_value
@@ -107,9 +108,8 @@ class DistributedModel:
             # Runs between DeepSpeed's all-reduce and the update; DeepSpeed itself reports no norm at stage 0.
             optimizer.register_step_pre_hook(self._clip_at_stage_0)
         self._scheduler = _build_scheduler(optimizer, optim, num_steps)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=self._scheduler, config=config
-        )
+        made = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=self._scheduler, config=config)
+        self._engine = made[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. The loss must depend on tensors returned here (directly or in tuples, lists, dicts)."""
@@ -123,7 +123,7 @@ class DistributedModel:
 
     def backward_from(self, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
         """Go on backwards from tensors that `__call__` returned, with gradients that came from `backward`."""
-        # Its value means nothing; its gradients are the given ones, already of the sum over ranks.
+        # The value means nothing. The gradients are the given ones, of the sum over ranks already.
         self._engine.backward(sum((x.float() * g).sum() for x, g in zip(outputs, grads, strict=True)))
 
     def step(self) -> float:
@@ -344,12 +344,7 @@ def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torc
     return complete
 
 
-def _build_scheduler(
-    optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def _build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> LambdaLR:
     check_value("optim.lr_scheduler_type", optim.lr_scheduler_type)
-    names = {"constant": "constant_with_warmup"}
-    num_warmup_steps = math.ceil(num_steps * optim.warmup_ratio)
-    return get_scheduler(
-        names.get(optim.lr_scheduler_type, optim.lr_scheduler_type), optimizer, num_warmup_steps, num_steps
-    )
+    name = {"constant": "constant_with_warmup"}.get(optim.lr_scheduler_type, optim.lr_scheduler_type)
+    return get_scheduler(name, optimizer, math.ceil(num_steps * optim.warmup_ratio), num_steps)

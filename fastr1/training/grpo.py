@@ -117,12 +117,15 @@ class GRPOTrainer:
             missing = max(self.distributed.gather_objects(groups_with_signal(batch).count(False)))
             if missing == 0:
                 break
-            more, more_visual = self._sample(self.run.draw_further(update.step, attempt, missing))
+            further = self.run.updates.further(update.step, attempt, missing)
+            num_extra += missing * self.distributed.world_size
+            if further.is_lost:
+                continue
+            more, more_visual = self._sample(further)
             chosen = choose_groups(groups_with_signal(batch), groups_with_signal(more))
             batch = refill(batch, more, chosen, self.run.processor.pad_token_id)
             visual.refill(more_visual, chosen)
             self._weigh(batch, update.step)
-            num_extra += missing * self.distributed.world_size
         return batch, num_extra
 
     def _measure_prompts(
@@ -214,9 +217,17 @@ class GRPOTrainer:
         visual_tokens: list[torch.Tensor],
     ) -> torch.Tensor:
         """Log-probabilities (B·G·T,) of everything that is trained on, under a model that is not."""
-        micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches if not micro_batch.is_blank]
-        settings = {"temperature": self.grpo.temperature, "check_values": self.check_values}
-        return compute_logps(model, batch, micro_batches, visual_tokens, **settings)
+        micro_batches = [
+            micro_batch for step in steps for micro_batch in step.micro_batches if not micro_batch.is_blank
+        ]
+        return compute_logps(
+            model,
+            batch,
+            micro_batches,
+            visual_tokens,
+            temperature=self.grpo.temperature,
+            check_values=self.check_values,
+        )
 
     def _optimize(self, batch: Batch, steps: list[OptimizerStep], visual: VisualTokens) -> Metrics:
         """Every step of the optimizer on this rollout; means of their metrics over the ranks."""

@@ -6,7 +6,6 @@ samples, clips loaded ahead, evaluation, log, checkpoints, stopping and the expo
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from typing import Any, Generic, Protocol
 import torch
 
 from fastr1.config import DataConfig, TrainConfig, save_config
-from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
+from fastr1.data.ledger import BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.evaluation.multiple_choice import summarise_answers
 from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
@@ -34,11 +33,10 @@ from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
-from fastr1.training.oversampling import draw_places
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
 from fastr1.training.stop import RESUME, SAVING, StopRequest, machine_id, process_id
-from fastr1.video import ClipPrefetcher, VideoError, load_pixels
+from fastr1.training.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,8 @@ class TrainingRun(Generic[S]):
         stop: what listens for signals already, if anything does; else `train` listens while it runs.
 
     Attributes: config, model, processor, distributed, samples, tokens (what `tokenize` made of each sample), order,
-        bad_data, timer, samples_per_rank (per update), samples_per_step (of the optimizer, on this rank), settings (what a resume must share).
+        bad_data, updates, timer, samples_per_rank (of an update), samples_per_step (of a step of the optimizer, on this
+        rank), settings (what a resume must share).
     """
 
     def __init__(
@@ -127,6 +126,17 @@ class TrainingRun(Generic[S]):
         self.timer = PhaseTimer(self.distributed.device)
         eval_ledger = None if self._evaluator is None else self._evaluator.ledger
         self.bad_data = BadData(self.distributed, self.output_dir, self._ledger, eval_ledger)
+        self.updates: Updates[S] = Updates(
+            config.data,
+            self.samples,
+            self.order,
+            self.processor,
+            self.distributed,
+            self.bad_data,
+            self.timer,
+            samples_per_rank=self.samples_per_rank,
+            seed=config.run.seed,
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -199,7 +209,7 @@ class TrainingRun(Generic[S]):
             self.stop.exits_at_once = False  # from here on ranks wait for each other
             if self._open is not None and (checkpoint := self._conclude(log, keeper)):
                 return checkpoint
-            for update in self._updates():
+            for update in self.updates:
                 # with nothing to train on, the update passes without a step of the optimizer
                 metrics, rows = ({"num_tokens": 0.0}, []) if update.is_lost else step(update)
                 self._open = OpenUpdate(update.step, metrics, rows)
@@ -277,62 +287,6 @@ class TrainingRun(Generic[S]):
     def _blank(self) -> torch.Tensor:
         return self.processor.blank_pixels(max(self.config.data.num_frames, 1)).to(self.distributed.device)
 
-    def _load(self, place: tuple[int, int]) -> torch.Tensor | BadRow:
-        """The pixels of a sample, or why its video cannot be decoded. It is never another video."""
-        sample = self.samples[place[0]]
-        try:
-            return load_pixels(
-                sample.video_path, self.config.data, self.processor.preprocess_frames, self.distributed.device
-            )
-        except VideoError as error:
-            return BadRow(sample.origin, error.problem)
-
-    def _places(self) -> Iterator[tuple[int, int]]:
-        """(index of the sample, key in the endless stream of samples) of this rank's share of every remaining update:
-        contiguous blocks, so that rank order is sample order."""
-        first = self.distributed.rank * self.samples_per_rank
-        for update in range(self.order.next_update, len(self.order)):
-            indices = self.order.indices(update)
-            keys = range(update * len(indices), (update + 1) * len(indices))
-            yield from list(zip(indices, keys, strict=True))[first : first + self.samples_per_rank]
-
-    def _updates(self) -> Iterator[Update[S]]:
-        """This rank's share of every remaining update, its clips loaded ahead. What failed counts when it is due."""
-        num_threads, depth = self.config.data.num_decode_threads, 2 * self.samples_per_rank
-        with ClipPrefetcher(self._load, self._places(), num_threads=num_threads, depth=depth) as clips:
-            for number in range(self.order.next_update, len(self.order)):
-                with self.timer.phase("decode_wait"):
-                    update = self._take(clips, number + 1, self.samples_per_rank)
-                self.order.next_update = number + 1
-                yield update
-
-    def draw_further(self, step: int, attempt: int, number: int) -> Update[S]:
-        """`number` further samples for this rank's share of an update, drawn at random, not by the order. All ranks
-        call it."""
-        first, total = self.distributed.rank * number, number * self.distributed.world_size
-        draw = {"seed": self.config.run.seed, "step": step, "attempt": attempt}
-        places = draw_places(len(self.samples), total, prompts_per_update=self.order.prompts_per_update, **draw)
-        threads = self.config.data.num_decode_threads
-        with (
-            ClipPrefetcher(self._load, places[first : first + number], num_threads=threads, depth=number) as clips,
-            self.timer.phase("decode_wait"),
-        ):
-            return self._take(clips, step, number)
-
-    def _take(self, clips: ClipPrefetcher[tuple[int, int], torch.Tensor | BadRow], step: int, number: int) -> Update[S]:
-        """The next `number` samples of this rank for an update. What failed counts now, when it is due."""
-        with agreement(self.distributed):
-            loaded = list(itertools.islice(clips, number))
-        assert len(loaded) == number
-        mine = [result for _, result in loaded if isinstance(result, BadRow)]
-        failures = [bad for share in self.distributed.gather_objects(mine) for bad in share]
-        self.bad_data.note("training", step, failures)
-        places = [place for place, _ in loaded]
-        pixels = [None if isinstance(result, BadRow) else result for _, result in loaded]
-        indices, keys = [index for index, _ in places], [key for _, key in places]
-        is_lost = len(failures) == number * self.distributed.world_size
-        return Update(step, [self.samples[i] for i in indices], indices, keys, pixels, is_lost)
-
     def _resume(self) -> tuple[int, Path | None]:
         """Restores everything from the checkpoint named in the configuration, if any: updates done, and its folder."""
         if self._checkpoint is None:
@@ -365,7 +319,7 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     settings = config.model
     model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
     model.freeze(settings.freeze)
-    model.packed_backend = settings.packed_attn_implementation
+    model.packed_attn_implementation = settings.packed_attn_implementation
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

@@ -114,8 +114,9 @@ def check_fits(prompt_length: int, completion_length: int, max_tokens: int, orig
     needed = prompt_length + completion_length - 1
     if needed > max_tokens:
         raise PackingError(
-            f"{origin}{': ' if origin else ''}a prompt of {prompt_length} tokens and a completion of {completion_length} take {needed} tokens, "
-            f"optim.max_tokens_per_micro_batch is {max_tokens}; set it to {needed} or more"
+            f"{origin}{': ' if origin else ''}a prompt of {prompt_length} tokens and a completion of "
+            f"{completion_length} take {needed} tokens, optim.max_tokens_per_micro_batch is {max_tokens}; set it to "
+            f"{needed} or more"
         )
 
 

@@ -100,8 +100,10 @@ def compute_loss(
     ids = batch.rollout.completion_ids
     places = micro_batch.places(ids.shape[1], ids.device)
     rows = torch.tensor(micro_batch.rows, device=ids.device)
-    sampler_logps = batch.rollout.sampler_logps.flatten() if corrects_sampler else None
-    given = {"old_logps": batch.old_logps, "ref_logps": batch.ref_logps, "sampler_logps": sampler_logps}
+
+    def of_tokens(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values.flatten()[places]
+
     weight, bias = model.head
     return linear_grpo_loss(
         completion_states(model, batch, micro_batch, visual_tokens),
@@ -111,8 +113,10 @@ def compute_loss(
         cu_seqlens=micro_batch.cu_seqlens(ids.device),
         mask=torch.zeros(len(places), dtype=torch.bool, device=ids.device) if micro_batch.is_blank else None,
         advantages=batch.advantages[rows],
+        old_logps=of_tokens(batch.old_logps),
+        ref_logps=of_tokens(batch.ref_logps),
+        sampler_logps=of_tokens(batch.rollout.sampler_logps if corrects_sampler else None),
         normalizer=normalizer,
         check_values=check_values,
         options=options,
-        **{name: None if values is None else values[places] for name, values in given.items()},
     )

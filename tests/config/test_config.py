@@ -405,7 +405,10 @@ def test_deepspeed_override_keeps_the_other_entries(tmp_path: Path) -> None:
 
 def test_loss_options_take_every_field_of_their_name(minimal: Path) -> None:
     settings = ["loss_type=grpo", "epsilon=0.1", "epsilon_high=0.3", "delta=2", "kl_estimator=k2", "entropy_coef=0.5"]
-    grpo = load_config(minimal, [f"grpo.{setting}" for setting in (*settings, "temperature=0.7", "beta=0.2", "sampler_correction=icepop")]).grpo
+    grpo = load_config(
+        minimal,
+        [f"grpo.{setting}" for setting in (*settings, "temperature=0.7", "beta=0.2", "sampler_correction=icepop")],
+    ).grpo
     options = loss_options(grpo)
     shared = {field.name for field in fields(LossOptions)} & {field.name for field in fields(grpo)}
     assert {

@@ -102,10 +102,9 @@ def test_replaced_group_trains_as_if_it_had_been_drawn_at_first(
     assert len(drawn) == 8
     further = drawn[4:]
 
-
     places = draw_places(NUM_SAMPLES, 4, seed=42, step=1, attempt=1, prompts_per_update=4)
     assert [str(index) for index, _ in places] == further
-    monkeypatch.setattr("fastr1.training.loop.TrainingRun._places", lambda run: iter(places))
+    monkeypatch.setattr("fastr1.training.updates.Updates._places", lambda updates: iter(places))
     calls.append(0)
     direct = exported(run_grpo(make_config(world, tmp_path / "direct", optim__max_steps=1)))
     for name, value in direct.items():

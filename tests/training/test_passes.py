@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +46,7 @@ class PlainRanks:
 
 
 @pytest.fixture(params=["tinyllava", "second"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[VideoLanguageModel, Processor]]:
+def pair(request: pytest.FixtureRequest) -> tuple[VideoLanguageModel, Processor]:
     """A model of each family in float64, its tower trained too."""
     if request.param == "second":
         model, processor = second_family.build_model(second_family.CONFIG), second_family.SecondProcessor()
@@ -54,7 +54,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[VideoLanguageModel, P
         tokenizer = build_tokenizer()
         model = build_model(tokenizer)
         processor = TinyLlavaProcessor(tokenizer, model.config)
-    yield model.double().train(), processor
+    return model.double().train(), processor
 
 
 def make_batch(model: VideoLanguageModel, processor: Processor, groups: list[list[int]]) -> tuple[Batch, Any]:
@@ -101,9 +101,7 @@ def packed_update(
     (step,) = plan_steps(batch, ranks, prompts_per_step=len(batch.samples), max_tokens=budget)
     loss, logps = 0.0, torch.zeros(batch.rollout.completion_ids.numel(), dtype=torch.float64)
     for micro_batch in step.micro_batches:
-        out = ranks(
-            lambda m, mb=micro_batch: compute_loss(m, batch, mb, visual.tokens, check_values=True, **settings)
-        )
+        out = ranks(lambda m, mb=micro_batch: compute_loss(m, batch, mb, visual.tokens, check_values=True, **settings))
         out.loss.backward()
         loss += out.loss.item()
         if not micro_batch.is_blank:
@@ -143,7 +141,9 @@ def assert_equal_updates(actual: Any, expected: Any) -> None:
 
 def options_of(loss_type: str) -> LossOptions:
     needs = {"epsilon_high": 5.0, "importance_sampling_level": "sequence", "max_completion_length": WIDTH}
-    return LossOptions(loss_type=loss_type, beta=0.1, **{k: v for k, v in needs.items() if k in LOSSES[loss_type].needs})
+    return LossOptions(
+        loss_type=loss_type, beta=0.1, **{k: v for k, v in needs.items() if k in LOSSES[loss_type].needs}
+    )
 
 
 @pytest.mark.parametrize("budget", [EVERYTHING, 110], ids=["one micro-batch", "several"])

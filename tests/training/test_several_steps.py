@@ -12,7 +12,7 @@ from packed_toys import padded_logits
 from torch.testing import assert_close
 from trainer_toys import exported, make_config, metrics_of, write_world
 
-import fastr1.training.loop
+import fastr1.training.updates
 from fastr1.config import ConfigError, TrainConfig, loss_options
 from fastr1.config.checks import check_config
 from fastr1.models import VideoLanguageModel, load_model
@@ -47,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(fastr1.training.loop, "load_pixels", lambda args: 1)
+    count(fastr1.training.updates, "load_pixels", lambda args: 1)
     count(TinyLlavaVideo, "encode", lambda args: 1)
     count(TinyLlavaVideo, "connect", lambda args: len(args[1]))
     count(VisualTokens, "backward", lambda args: 1)
