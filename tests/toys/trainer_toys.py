@@ -75,10 +75,10 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, eos_scale: float = 6.0) -> TinyLlavaVideo:
-    """Random weights; large enough that greedy choices are clear and small enough that a step takes milliseconds."""
-    eos, vocab_size = tokenizer.eos_token_id, len(tokenizer)
-    raw = {
+def toy_config(tokenizer: PreTrainedTokenizerBase, **text: Any) -> dict[str, Any]:
+    """What config.json of the toy model holds; `text` replaces settings of its decoder."""
+    eos = tokenizer.eos_token_id
+    return {
         "model_type": "tinyllava",
         "connector_type": "groupresampler",
         "group": 2,
@@ -95,9 +95,10 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, eos_scale: fl
             "max_position_embeddings": 1024,
             "initializer_range": 0.2,
             "tie_word_embeddings": True,
-            "vocab_size": vocab_size,
+            "vocab_size": len(tokenizer),
             "bos_token_id": eos,
             "eos_token_id": eos,
+            **text,
         },
         "vision_config": {
             "model_type": "siglip_vision_model",
@@ -109,11 +110,15 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, eos_scale: fl
             "patch_size": 14,
         },
     }
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, eos_scale: float = 6.0) -> TinyLlavaVideo:
+    """Random weights; large enough that greedy choices are clear and small enough that a step takes milliseconds."""
     torch.manual_seed(seed)
-    model = build_from_config(raw).eval()
+    model = build_from_config(toy_config(tokenizer)).eval()
     with torch.no_grad():
         # An end-of-sequence logit of a larger spread: some completions end early, some never.
-        model.language_model.lm_head.weight[eos] *= eos_scale
+        model.language_model.lm_head.weight[tokenizer.eos_token_id] *= eos_scale
     return model
 
 
