@@ -16,21 +16,36 @@ backward 2.5 times that, as it computes the scores again.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from fastr1.config import ConfigError
-from fastr1.models.packed_backends import sdpa
+from fastr1.models.packed_backends import efficient, flash_attn_2, flash_attn_3, flash_attn_4, sdpa, varlen
 from fastr1.models.packed_layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa}
-CHOICES = ("auto", "eager", *BACKENDS)
+BACKENDS: dict[str, ModuleType] = {
+    "flash_attn_2": flash_attn_2,
+    "flash_attn_3": flash_attn_3,
+    "flash_attn_4": flash_attn_4,
+    "varlen": varlen,
+    "efficient": efficient,
+    "sdpa": sdpa,
+}
+CHOICES = ("auto", "flash_attn", "varlen", "sdpa", "eager")
+# Versions of flash-attn, best first: its module, and majors of compute capability that it has kernels for.
+_FLASH_ATTN = {
+    "flash_attn_3": ("flash_attn_interface", (9,)),
+    "flash_attn_4": ("flash_attn.cute.interface", (9, 10, 11, 12)),
+    "flash_attn_2": ("flash_attn.flash_attn_interface", (8, 9, 10, 12)),
+}
 
 
 def packed_attention(
@@ -54,8 +69,12 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if backend == "eager":
         return eager_packed_attention(q, k, v, layout, scale)[None]
-    output: torch.Tensor = _PackedAttention.apply(q, k, v, layout, scale, BACKENDS[backend])
-    return output[None]
+    module = BACKENDS[backend]
+    head_dim = q.shape[-1]
+    if missing := -head_dim % module.HEAD_DIM_MULTIPLE:
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    output: torch.Tensor = _PackedAttention.apply(q, k, v, layout, scale, module)
+    return output[None, ..., :head_dim]
 
 
 def eager_packed_attention(
@@ -146,14 +165,57 @@ _logged: set[str] = set()
 
 
 def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of packed attention for "auto", or the one that is set, if it runs here; logged once.
+    """The backend of packed attention that a setting of `CHOICES` means on a device; logged once.
 
+    "auto" is flash-attn where it is installed for the GPU, else "varlen", both in half precision; else "sdpa". What
+    is set and cannot run here is refused, not replaced.
     Raises: ConfigError naming the setting and the remedy.
     """
     if setting not in CHOICES:
-        raise ConfigError(f"packed attention {setting!r} is unknown; choose from {', '.join(CHOICES)}")
-    chosen = "sdpa" if setting == "auto" else setting
+        raise ConfigError(f"packed attention is {setting!r}, which is unknown; choose from {', '.join(CHOICES)}")
+    flash = _flash_attn_for(device, dtype)
+    has_varlen = _is_half_on_gpu(device, dtype)
+    dense = "efficient" if device.type == "cuda" else "sdpa"
+    chosen = {
+        "auto": flash or ("varlen" if has_varlen else dense),
+        "flash_attn": flash,
+        "varlen": "varlen" if has_varlen else None,
+        "sdpa": dense,
+        "eager": "eager",
+    }[setting]
+    if chosen is None:
+        where = f"{dtype} on {device.type}".replace("torch.", "")
+        needs = "a GPU of compute capability 8.0 or later and model.dtype 'bfloat16'"
+        if has_varlen:
+            needs, where = "a flash-attn with kernels for this GPU", "none is installed"
+        raise ConfigError(
+            f"packed attention is {setting!r}, which needs {needs}, and got {where}; use 'auto' or 'sdpa'"
+        )
     if chosen not in _logged:
         _logged.add(chosen)
         logger.info("packed attention: %s", chosen)
     return chosen
+
+
+def _is_half_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash_attn_for(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The best installed version of flash-attn that has kernels for a device and a dtype."""
+    if not _is_half_on_gpu(device, dtype):
+        return None
+    major, _ = torch.cuda.get_device_capability(device)
+    for name, (module, majors) in _FLASH_ATTN.items():
+        if major in majors and _is_installed(module):
+            return name
+    return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,12 +49,13 @@ class Part:
         query_lengths: of each segment, one after another; 0 where nothing asks.
         key_lengths: likewise; at least 1.
         is_causal: the segments are square and token i sees tokens 0..i; else every query sees every key.
+        cache: what backends need on a device, by a key of theirs, made once for all layers.
     """
 
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     is_causal: bool
-    _cu_seqlens: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def max_query_length(self) -> int:
@@ -81,11 +82,12 @@ class Part:
 
     def cu_seqlens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the segments of queries and of keys begin, and the last ends: two (S + 1,) int32, built once."""
-        if device not in self._cu_seqlens:
+        cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = self.cache.get(device)
+        if cu_seqlens is None:
             lengths = (self.query_lengths, self.key_lengths)
             queries, keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in lengths)
-            self._cu_seqlens[device] = (queries, keys)
-        return self._cu_seqlens[device]
+            cu_seqlens = self.cache[device] = (queries, keys)
+        return cu_seqlens
 
 
 @dataclass(frozen=True, eq=False)

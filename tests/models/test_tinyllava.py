@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from packed_toys import packed_logits, padded_logits
+from twin_toys import packed_logits, padded_logits
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.testing import assert_close

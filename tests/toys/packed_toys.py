@@ -1,64 +1,281 @@
-"""Logits of padded completions by the packed forward, in the shape of its slow twin."""
+"""Stand-ins for versions of flash-attn: the signatures of their releases, bodies in plain torch, in any precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.machinery
+import math
+import sys
+from types import ModuleType
 
+import pytest
 import torch
 
-from fastr1.models import VideoLanguageModel
-from fastr1.training.packing import MicroBatch, pack_groups
 
-Forward = Callable[
-    [VideoLanguageModel, Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor
-]
-
-
-def padded_logits(
-    model: VideoLanguageModel,
-    prompts: Sequence[torch.Tensor],  # B × (L_i,)
-    videos: Sequence[torch.Tensor],  # B × features or pixels
-    completion_ids: torch.Tensor,  # (B·G, T)
-    mask: torch.Tensor,  # (B·G, T)
-) -> torch.Tensor:
-    """The oracle: every completion a row of its own, (B·G, T, V)."""
-    return model.padded_logits(prompts, model.visual_tokens(videos), completion_ids, mask)
+def segments(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> list[tuple[slice, slice]]:
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    q, k = (
+        [slice(*pair) for pair in zip(x.tolist(), x.tolist()[1:], strict=False)] for x in (cu_seqlens_q, cu_seqlens_k)
+    )
+    return list(zip(q, k, strict=True))
 
 
-def packed_logits(
-    model: VideoLanguageModel,
-    prompts: Sequence[torch.Tensor],
-    videos: Sequence[torch.Tensor],
-    completion_ids: torch.Tensor,
-    mask: torch.Tensor,
-    max_tokens: int = 10**6,
-) -> torch.Tensor:
-    """The same of the packed forward; zeros where the mask is False."""
-    tokens = model.visual_tokens(videos)
-    rows, width = completion_ids.shape
-    out = torch.zeros(rows * width, model.layout.vocab_size, dtype=model.dtype)
-    for micro_batch in pack(model, prompts, tokens, mask, max_tokens):
-        places = micro_batch.places(width, completion_ids.device)
-        inputs = micro_batch.places(width, completion_ids.device, inputs=True)
-        states = model.completion_states(
-            [prompts[prompt] for prompt in micro_batch.prompts],
-            [tokens[prompt] for prompt in micro_batch.prompts],
-            completion_ids.flatten()[inputs],
-            micro_batch.layout,
-        )
-        out = out.index_put((places,), model.project(states))
-    return out.view(rows, width, -1)
+def scores(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    """(H, Tq, Tk); the mask of flash-attn ends in the corner at the bottom right."""
+    s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * scale
+    hidden = torch.ones(s.shape[1:], dtype=torch.bool).triu(s.shape[2] - s.shape[1] + 1)
+    return s.masked_fill(hidden, -math.inf) if causal else s
 
 
-def pack(
-    model: VideoLanguageModel,
-    prompts: Sequence[torch.Tensor],
-    tokens: Sequence[torch.Tensor],  # B × (Q, D)
-    mask: torch.Tensor,  # (B·G, T)
-    max_tokens: int = 10**6,
-) -> list[MicroBatch]:
-    """Every completion in micro-batches."""
-    lengths = mask.sum(dim=1).tolist()
-    group = len(lengths) // len(prompts)
-    groups = {i: range(i * group, (i + 1) * group) for i in range(len(prompts))}
-    return pack_groups(model.prompt_lengths(prompts, tokens), groups, lengths, max_tokens)
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal):
+    out, lse = torch.full_like(q, math.nan), torch.full((q.shape[1], q.shape[0]), math.nan, dtype=q.dtype)
+    for rows, columns in segments(cu_q, cu_k):
+        assert rows.stop - rows.start <= max_q
+        assert columns.stop - columns.start <= max_k
+        s = scores(q[rows], k[columns], scale, causal)
+        values = v[columns].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        out[rows] = torch.einsum("hqk,khd->qhd", s.softmax(-1), values)
+        lse[:, rows] = s.logsumexp(-1)
+    return out, lse
+
+
+def varlen_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dq, dk, dv, scale, causal):
+    """The gradients, in dq, dk, dv: of an output and lse that may be those of more keys than are here."""
+    assert lse.is_contiguous()
+    assert dout.is_contiguous()
+    group = q.shape[1] // k.shape[1]
+    for x in (dq, dk, dv):
+        x.fill_(math.nan)
+    for rows, columns in segments(cu_q, cu_k):
+        assert rows.stop - rows.start <= max_q
+        assert columns.stop - columns.start <= max_k
+        if rows.start == rows.stop:  # what a kernel leaves there is its own affair
+            continue
+        p = (scores(q[rows], k[columns], scale, causal) - lse[:, rows, None]).exp()
+        values = v[columns].repeat_interleave(group, dim=1)
+        delta = (dout[rows] * out[rows]).sum(-1).t()[..., None]
+        ds = p * (torch.einsum("qhd,khd->hqk", dout[rows], values) - delta) * scale
+        dq[rows] = torch.einsum("hqk,khd->qhd", ds, k[columns].repeat_interleave(group, dim=1))
+        dk[columns] = torch.einsum("hqk,qhd->khd", ds, q[rows]).unflatten(1, (-1, group)).sum(2)
+        dv[columns] = torch.einsum("hqk,qhd->khd", p, dout[rows]).unflatten(1, (-1, group)).sum(2)
+
+
+def flash_attn_2() -> dict[str, object]:
+    def _flash_attn_varlen_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes=None,
+        return_softmax: bool = False,
+        block_table=None,
+        leftpad_k=None,
+        seqused_k=None,
+        zero_tensors: bool = False,
+    ):
+        assert dropout_p == 0
+        assert window_size_left == window_size_right == -1
+        assert isinstance(causal, bool)
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = varlen_forward(q, k, v, *lengths, softmax_scale, causal)
+        return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
+
+    def _flash_attn_varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes,
+        deterministic: bool,
+        rng_state=None,
+        zero_tensors: bool = False,
+    ):
+        assert dropout_p == softcap == 0
+        assert window_size_left == window_size_right == -1
+        assert isinstance(causal, bool)
+        assert isinstance(deterministic, bool)
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        varlen_backward(dout, q, k, v, out, softmax_lse, *lengths, dq, dk, dv, softmax_scale, causal)
+        return torch.empty(0)
+
+    return {name: f for name, f in locals().items() if callable(f)}
+
+
+def flash_attn_3() -> dict[str, object]:
+    def _flash_attn_forward(
+        q,
+        k,
+        v,
+        k_new,
+        v_new,
+        qv,
+        out,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        cu_seqlens_k_new,
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        page_table,
+        kv_batch_idx,
+        leftpad_k,
+        rotary_cos,
+        rotary_sin,
+        seqlens_rotary,
+        q_descale,
+        k_descale,
+        v_descale,
+        softmax_scale,
+        causal,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        rotary_interleaved=True,
+        scheduler_metadata=None,
+        num_splits=1,
+        pack_gqa=None,
+        sm_margin=0,
+    ):
+        absent = (k_new, v_new, qv, out, cu_seqlens_k_new, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k)
+        absent += (rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale)
+        assert all(x is None for x in absent)
+        assert isinstance(causal, bool)
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return *varlen_forward(q, k, v, *lengths, softmax_scale, causal), torch.empty(0), torch.empty(0)
+
+    def _flash_attn_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sequed_q,
+        sequed_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dq,
+        dk,
+        dv,
+        softmax_scale,
+        causal,
+        window_size=(-1, -1),
+        softcap=0.0,
+        deterministic=False,
+        sm_margin=0,
+    ):
+        assert sequed_q is None
+        assert sequed_k is None
+        assert isinstance(causal, bool)
+        assert isinstance(deterministic, bool)
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        varlen_backward(dout, q, k, v, out, softmax_lse, *lengths, dq, dk, dv, softmax_scale, causal)
+        return dq, dk, dv, torch.empty(0)
+
+    return {name: f for name, f in locals().items() if callable(f)}
+
+
+def flash_attn_4() -> dict[str, object]:
+    """Of the many options only those that mean something here, in their order and with their defaults."""
+
+    def _flash_attn_fwd(
+        q,
+        k,
+        v,
+        qv=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        min_seqlen_k=None,
+        page_table=None,
+        softmax_scale=None,
+        causal: bool = False,
+        softcap=None,
+        window_size_left=None,
+        window_size_right=None,
+        *,
+        return_lse: bool = False,
+    ):
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = varlen_forward(q, k, v, *lengths, softmax_scale, causal)
+        return out, lse if return_lse else None, None, None, None
+
+    def _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        softmax_scale=None,
+        causal: bool = False,
+        softcap: float = 0.0,
+        window_size_left=None,
+        window_size_right=None,
+        *,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        deterministic: bool = False,
+        dq=None,
+        dk=None,
+        dv=None,
+    ):
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        varlen_backward(dout, q, k, v, out, lse, *lengths, dq, dk, dv, softmax_scale, causal)
+        return dq, dk, dv
+
+    return {name: f for name, f in locals().items() if callable(f)}
+
+
+STAND_INS = {
+    "flash_attn_2": ("flash_attn.flash_attn_interface", flash_attn_2),
+    "flash_attn_3": ("flash_attn_interface", flash_attn_3),
+    "flash_attn_4": ("flash_attn.cute.interface", flash_attn_4),
+}
+
+
+def install(patch: pytest.MonkeyPatch, backend: str) -> None:
+    """Make `backend` importable in this process, for one test."""
+    name, make = STAND_INS[backend]
+    parents = name.split(".")[:-1]
+    for module_name in [*(".".join(parents[: i + 1]) for i in range(len(parents))), name]:
+        if module_name == name or module_name not in sys.modules:
+            module = ModuleType(module_name)
+            module.__spec__ = importlib.machinery.ModuleSpec(module_name, loader=None)
+            module.__path__ = []  # type: ignore[attr-defined]
+            patch.setitem(sys.modules, module_name, module)
+    vars(sys.modules[name]).update(make())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import second_family
 import torch
-from packed_toys import padded_logits
+from twin_toys import padded_logits
 from torch.testing import assert_close
 from trainer_toys import build_model, build_tokenizer, problem
 

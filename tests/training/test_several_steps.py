@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_toys import padded_logits
+from twin_toys import padded_logits
 from torch.testing import assert_close
 from trainer_toys import exported, make_config, metrics_of, write_world
 

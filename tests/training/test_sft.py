@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_toys import pack
+from twin_toys import pack
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.nn.utils.rnn import pad_sequence

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from counters import peak_bytes
-from packed_toys import pack, padded_logits
+from twin_toys import pack, padded_logits
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_toys import build_tokenizer, toy_config
 

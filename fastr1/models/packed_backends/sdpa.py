@@ -1,18 +1,15 @@
-"""Packed attention with torch's own fused kernels for dense batches: the flash kernel of the CPU, the memory-efficient
-one of CUDA.
-
-One call per run of neighbouring segments of equal lengths, on views. On the CPU keys and values are shared by their
-query heads inside the kernel; the CUDA kernel knows no such sharing and is called once per query head of a group.
-"""
+"""Packed attention on a CPU: torch's flash kernel for dense batches, which shares keys among query heads by itself."""
 
 from __future__ import annotations
 
 import torch
 
-from fastr1.models.packed_layout import Part, Run
+from fastr1.models.packed_backends.batches import batches
+from fastr1.models.packed_layout import Part
 
-_forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+HEAD_DIM_MULTIPLE = 1
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def forward(
@@ -22,14 +19,16 @@ def forward(
     part: Part,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Tq, H, d), (H, Tq)
-    """Output and log-sum-exp of one part."""
-    outputs, lses = [], []
-    for run in part.runs:
-        q, k, v = _batch(query, run, run.queries), _batch(key, run, run.keys), _batch(value, run, run.keys)
-        output, lse = _forward_cpu(q, k, v, 0.0, part.is_causal, scale=scale)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-        lses.append(lse.transpose(1, 2).flatten(0, 1))
-    return _join(outputs), _join(lses).transpose(0, 1)
+    """Output and log-sum-exp of one part, those of a prompt without queries left out."""
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    for batch in batches(part, query.device):
+        inputs = (batch.queries(query), batch.keys(key), batch.keys(value))
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        seen, seen_lse = _forward(q, k, v, 0.0, part.is_causal, scale=scale)
+        batch.put_queries(output, seen.transpose(1, 2))
+        batch.put_queries(lse, seen_lse.transpose(1, 2))
+    return output, lse.t()
 
 
 def backward(
@@ -43,22 +42,12 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This part's share of the gradients of query, key and value."""
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for run in part.runs:
-        spans = run.queries, run.keys, run.keys
-        q, k, v = (_batch(x, run, span) for x, span in zip((query, key, value), spans, strict=True))
-        g, o = _batch(grad_output, run, run.queries), _batch(output, run, run.queries)
-        m = lse[:, run.queries].unflatten(1, (run.num_segments, -1)).transpose(0, 1)
-        shares = _backward_cpu(g, q, k, v, o, m, 0.0, part.is_causal, scale=scale)
-        for grad, share, span in zip(grads, shares, spans, strict=True):
-            _batch(grad, run, span).copy_(share)
-    return grads
-
-
-def _batch(tokens: torch.Tensor, run: Run, span: slice) -> torch.Tensor:
-    """(T, H, d) → the segments of a run: (num_segments, H, length, d), a view."""
-    return tokens[span].unflatten(0, (run.num_segments, -1)).transpose(1, 2)
-
-
-def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    for batch in batches(part, query.device):
+        inputs = (grad_output, query, key, value, output, lse.t())
+        takes = (batch.queries, batch.queries, batch.keys, batch.keys, batch.queries, batch.queries)
+        g, q, k, v, o, m = (take(x).transpose(1, 2) for take, x in zip(takes, inputs, strict=True))
+        shares = _backward(g, q, k, v, o, m, 0.0, part.is_causal, scale=scale)
+        for put, grad, share in zip((batch.put_queries, batch.put_keys, batch.put_keys), grads, shares, strict=True):
+            put(grad, share.transpose(1, 2))
+    return grads[0], grads[1], grads[2]
