@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import second_family
 import torch
-from twin_toys import packed_logits, padded_logits
 from torch.testing import assert_close
 from trainer_toys import INSTRUCTION, NUM_SAMPLES, build_model, build_tokenizer, make_config, metrics_of, write_world
+from twin_toys import packed_logits, padded_logits
 
 from fastr1.evaluation.chat import chat
 from fastr1.evaluation.checkpoint import evaluate_checkpoint

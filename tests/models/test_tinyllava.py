@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from twin_toys import packed_logits, padded_logits
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.testing import assert_close
+from twin_toys import packed_logits, padded_logits
 
 from fastr1.models import ModelFileError, load_model
 from fastr1.models.tinyllava.connector import chunk_sizes, sinusoidal_table

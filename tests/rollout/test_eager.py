@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from twin_toys import packed_logits, padded_logits
 from safetensors.torch import load_file
 from shared_data import shared_path
 from trainer_toys import INSTRUCTION, build_model, build_tokenizer, problem
+from twin_toys import packed_logits, padded_logits
 
 from fastr1.models import load_model, load_processor
 from fastr1.models.tinyllava import TinyLlavaProcessor, TinyLlavaVideo

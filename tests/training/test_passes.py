@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import second_family
 import torch
-from twin_toys import padded_logits
 from torch.testing import assert_close
 from trainer_toys import build_model, build_tokenizer, problem
+from twin_toys import padded_logits
 
 from fastr1.models import Processor, VideoLanguageModel
 from fastr1.models.tinyllava import TinyLlavaProcessor

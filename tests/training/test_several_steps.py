@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from twin_toys import padded_logits
 from torch.testing import assert_close
 from trainer_toys import exported, make_config, metrics_of, write_world
+from twin_toys import padded_logits
 
 import fastr1.training.updates
 from fastr1.config import ConfigError, TrainConfig, loss_options

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from twin_toys import pack
 from safetensors.torch import load_file
 from shared_data import shared_path
 from torch.nn.utils.rnn import pad_sequence
 from trainer_toys import NUM_SAMPLES, exported, make_config, metrics_of, write_world
+from twin_toys import pack
 
 from fastr1.models import load_model
 from fastr1.models.family import read_config

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from counters import peak_bytes
-from twin_toys import pack, padded_logits
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_toys import build_tokenizer, toy_config
+from twin_toys import pack, padded_logits
 
 from fastr1.models import DecoderLayout, VideoLanguageModel
 from fastr1.models.tinyllava import TinyLlavaProcessor, build_model
