@@ -184,13 +184,12 @@ def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype
         "eager": "eager",
     }[setting]
     if chosen is None:
-        where = f"{dtype} on {device.type}".replace("torch.", "")
-        needs = "a GPU of compute capability 8.0 or later and model.dtype 'bfloat16'"
         if has_varlen:
-            needs, where = "a flash-attn with kernels for this GPU", "none is installed"
-        raise ConfigError(
-            f"packed attention is {setting!r}, which needs {needs}, and got {where}; use 'auto' or 'sdpa'"
-        )
+            needs = "a flash-attn with kernels for this GPU, and none is installed"
+        else:
+            got = f"{dtype} on {device.type}".replace("torch.", "")
+            needs = f"a GPU of compute capability 8.0 or later and model.dtype 'bfloat16', and got {got}"
+        raise ConfigError(f"packed attention is {setting!r}, which needs {needs}; use 'auto' or 'sdpa'")
     if chosen not in _logged:
         _logged.add(chosen)
         logger.info("packed attention: %s", chosen)

@@ -205,14 +205,16 @@ def test_forced_flash_attn_that_is_not_installed_is_refused(monkeypatch: pytest.
         choose_packed_backend("flash_attn", torch.device("cuda"), torch.bfloat16)
 
 
-def test_the_memory_efficient_kernel_takes_what_it_is_given() -> None:
-    # Shapes only: the kernel has no CPU. The meta device runs the checks of its two calls.
-    layout = LAYOUTS["long"]
-    q, k, v = (torch.empty(1, h, layout.num_tokens, 6, device="meta", requires_grad=True) for h in (4, 2, 2))
-    output = packed_attention(q, k, v, layout, 1.0, "efficient")
-    assert output.shape == (1, layout.num_tokens, 4, 6)
-    grads = torch.autograd.grad(output, (q, k, v), torch.empty_like(output))
-    assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=lambda heads: f"{heads[0]}over{heads[1]}")
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("backend", ["varlen", "efficient"])
+def test_kernels_of_torch_for_cuda_are_called_as_their_schemas_say(
+    monkeypatch: pytest.MonkeyPatch, backend: str, name: str, heads: tuple[int, int]
+) -> None:
+    for attribute, function in packed_toys.kernels(backend).items():
+        monkeypatch.setattr(module.BACKENDS[backend], attribute, function)
+    for got, expected in zip(*(run(LAYOUTS[name], b, heads=heads) for b in (backend, "eager")), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @ON_GPU[0]

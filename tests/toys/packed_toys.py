@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.machinery
 import math
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +281,81 @@ def install(patch: pytest.MonkeyPatch, backend: str) -> None:
             module.__path__ = []  # type: ignore[attr-defined]
             patch.setitem(sys.modules, module_name, module)
     vars(sys.modules[name]).update(make())
+
+
+def kernels(backend: str) -> dict[str, Callable[..., object]]:
+    """Stand-ins for the CUDA kernels of torch, their arguments bound by torch's own schemas."""
+    aten = torch.ops.aten
+    if backend == "varlen":
+        calls = aten._flash_attention_forward.default, aten._flash_attention_backward.default
+        return {"_forward": _bound(calls[0], _flash_forward), "_backward": _bound(calls[1], _flash_backward)}
+    calls = aten._efficient_attention_forward.default, aten._efficient_attention_backward.default
+    return {"_forward": _bound(calls[0], _efficient_forward), "_backward": _bound(calls[1], _efficient_backward)}
+
+
+def _bound(op: torch._ops.OpOverload, body: Callable[[dict[str, Any]], object]) -> Callable[..., object]:
+    def call(*args: object, **kwargs: object) -> object:
+        given = dict(zip((a.name for a in op._schema.arguments if not a.kwarg_only), args, strict=False))
+        given.update(kwargs)
+        for argument in op._schema.arguments:
+            if argument.name not in given:
+                assert argument.has_default_value(), argument.name
+                given[argument.name] = argument.default_value
+            value, wanted = given[argument.name], str(argument.type)
+            assert wanted != "Tensor" or isinstance(value, torch.Tensor), argument.name
+            assert wanted != "bool" or isinstance(value, bool), argument.name
+        assert set(given) == {argument.name for argument in op._schema.arguments}
+        assert given["dropout_p"] == 0
+        return body(given)
+
+    return call
+
+
+def _lengths(a: dict[str, Any]) -> tuple[Any, ...]:
+    return a["cum_seq_q"], a["cum_seq_k"], a["max_q"], a["max_k"]
+
+
+def _flash_forward(a: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    out, lse = varlen_forward(a["query"], a["key"], a["value"], *_lengths(a), a["scale"], a["is_causal"])
+    return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
+
+
+def _flash_backward(a: dict[str, Any]) -> list[torch.Tensor]:
+    grads = [torch.empty_like(a[name]) for name in ("query", "key", "value")]
+    given = [a[name] for name in ("grad_out", "query", "key", "value", "out", "logsumexp")]
+    varlen_backward(*given, *_lengths(a), *grads, a["scale"], a["is_causal"])
+    return grads
+
+
+def _efficient_forward(a: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Dense batches (B, T, H, d); rows of log-sum-exps are infinite up to the next multiple of 32."""
+    assert a["compute_log_sumexp"]
+    rows = a["query"].shape[1]
+    outs, lses = [], []
+    for q, k, v in zip(a["query"], a["key"], a["value"], strict=True):
+        out, lse = varlen_forward(q, k, v, *_whole(q, k), a["scale"], a["custom_mask_type"] == 1)
+        outs.append(out)
+        lses.append(torch.nn.functional.pad(lse, (0, -rows % 32), value=math.inf))
+    return torch.stack(outs), torch.stack(lses), torch.empty(0), torch.empty(0), rows, a["key"].shape[1]
+
+
+def _efficient_backward(a: dict[str, Any]) -> list[torch.Tensor]:
+    assert (a["max_seqlen_q"], a["max_seqlen_k"]) == (a["query"].shape[1], a["key"].shape[1])
+    assert a["query"].shape[2] == a["key"].shape[2]
+    assert a["logsumexp"].shape[2] % 32 == 0
+    assert a["logsumexp"].is_contiguous()
+    assert (a["logsumexp"][..., a["query"].shape[1] :] == math.inf).all()
+    grads = [torch.empty_like(a[name]) for name in ("query", "key", "value")]
+    names = ("grad_out_", "query", "key", "value", "out")
+    for i, lse in enumerate(a["logsumexp"]):
+        given = [a[name][i] for name in names]
+        lse = lse[:, : a["query"].shape[1]].contiguous()
+        into = [grad[i] for grad in grads]
+        lengths = _whole(given[1], given[2])
+        varlen_backward(given[0].contiguous(), *given[1:], lse, *lengths, *into, a["scale"], a["custom_mask_type"] == 1)
+    return [*grads, torch.empty(0)]
+
+
+def _whole(q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
+    ends = (torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k))
+    return *ends, len(q), len(k)
