@@ -21,7 +21,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Tq, H, d), (H, Tq)
     """Output and log-sum-exp of one part, those of a prompt without queries left out."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
     for batch in batches(part, query.device):
         inputs = (batch.queries(query), batch.keys(key), batch.keys(value))
         q, k, v = (x.transpose(1, 2) for x in inputs)
