@@ -211,12 +211,14 @@ MUTATIONS = (
         "x[rows].sub_(self.top[rows]).exp_()",
         "x[rows].exp_()",
     ),
+    one("only the last chunk trains the head", LINEAR, "head.py", "0.0 if self.is_empty else 1.0", "0.0"),
+    one("gradient of a head without rows", LINEAR, "head.py", "self.sums[0].zero_()", "pass"),
     Mutation(
         "gradient of the hidden states",
         LINEAR,
         (
             ("chunked.py", "d_hidden[rows] = d_logits @ weight", "d_hidden[rows] = -(d_logits @ weight)"),
-            ("linear.py", "factor = d_loss * unit", "factor = -d_loss * unit"),
+            ("linear.py", "scale = d_loss * unit", "scale = -d_loss * unit"),
         ),
     ),
     Mutation(
