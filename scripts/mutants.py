@@ -188,18 +188,18 @@ MUTATIONS = (
     one("dead rows keep what was there", LOSS_KERNEL, "torch_rows.py", "squeeze(1), 0.0)\n", "squeeze(1)[:0], 0.0)\n"),
     one("rows of another sequence", LOSS_KERNEL, "torch_rows.py", "else pick + first", "else pick"),
     # Inside torch.compile
-    one("unit forgotten", COMPILED, "compiled.py", "factor = d_loss * unit", "factor = d_loss"),
+    one("unit forgotten", COMPILED, "linear_ops.py", "factor = d_loss * unit", "factor = d_loss"),
     one(
         "gradients of another input",
         COMPILED,
-        "compiled.py",
+        "linear_ops.py",
         "*tensors, entropy, state = ctx",
         "*tensors, state, entropy = ctx",
     ),
     one(
         "metrics in another order",
         COMPILED,
-        "compiled.py",
+        "linear_ops.py",
         "for i, name in enumerate(names)",
         "for i, name in enumerate(names[::-1])",
     ),

@@ -95,9 +95,13 @@ class HeadGradients:
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
         self.is_empty = True
         self.sums = [
-            make(x.shape, dtype=sum_dtype(x.dtype), device=x.device) if x is not None and need else None
-            for x, need, make in zip(head, needed[1:], (torch.empty, *(torch.zeros,) * 3), strict=True)
+            torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) if x is not None and need else None
+            for x, need in zip(head[1:], needed[2:], strict=True)
         ]
+        weight = head.weight
+        self.sums.insert(
+            0, torch.empty(weight.shape, dtype=sum_dtype(weight.dtype), device=weight.device) if needed[1] else None
+        )
 
     def add(self, rows: slice | Tensor, hidden: Tensor, d_logits: Tensor, wide: Tensor) -> None:
         """Add a chunk: its `rows` of the gradient of hidden, hidden itself (C, D), dz in its dtype and in float32 (or
