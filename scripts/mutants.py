@@ -188,18 +188,18 @@ MUTATIONS = (
     one("dead rows keep what was there", LOSS_KERNEL, "torch_rows.py", "squeeze(1), 0.0)\n", "squeeze(1)[:0], 0.0)\n"),
     one("rows of another sequence", LOSS_KERNEL, "torch_rows.py", "else pick + first", "else pick"),
     # Inside torch.compile
-    one("unit forgotten", COMPILED, "compiled.py", "factor = d_loss * unit", "factor = d_loss"),
+    one("unit forgotten", COMPILED, "linear_ops.py", "factor = d_loss * unit", "factor = d_loss"),
     one(
         "gradients of another input",
         COMPILED,
-        "compiled.py",
+        "linear_ops.py",
         "*tensors, entropy, state = ctx",
         "*tensors, state, entropy = ctx",
     ),
     one(
         "metrics in another order",
         COMPILED,
-        "compiled.py",
+        "linear_ops.py",
         "for i, name in enumerate(names)",
         "for i, name in enumerate(names[::-1])",
     ),
@@ -211,12 +211,14 @@ MUTATIONS = (
         "x[rows].sub_(self.top[rows]).exp_()",
         "x[rows].exp_()",
     ),
+    one("only the last chunk trains the head", LINEAR, "head.py", "0.0 if self.is_empty else 1.0", "0.0"),
+    one("gradient of a head without rows", LINEAR, "head.py", "self.sums[0].zero_()", "pass"),
     Mutation(
         "gradient of the hidden states",
         LINEAR,
         (
             ("chunked.py", "d_hidden[rows] = d_logits @ weight", "d_hidden[rows] = -(d_logits @ weight)"),
-            ("linear.py", "factor = d_loss * unit", "factor = -d_loss * unit"),
+            ("linear.py", "scale = d_loss * unit", "scale = -d_loss * unit"),
         ),
     ),
     Mutation(

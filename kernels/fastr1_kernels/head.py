@@ -73,27 +73,35 @@ def _wide_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out[:, columns] = wide @ right[:, columns].to(out.dtype)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
-    """total += alpha · left @ right, summed in the dtype of `total`."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """total = beta · total + alpha · left @ right, summed in the dtype of `total`, which is not read with beta 0."""
     if left.dtype != right.dtype or (left.dtype != total.dtype and not (total.is_cuda and torch.version.hip is None)):
         left, right = left.to(total.dtype), right.to(total.dtype)
     if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=alpha)
+        total.addmm_(left, right, alpha=alpha, beta=beta)
     else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, beta=beta, out=total)
 
 
 class HeadGradients:
-    """Sums the gradients of `hidden` (N, D) and of the head over chunks of rows."""
+    """Sums the gradients of `hidden` (N, D) and of the head over chunks of rows.
+
+    The largest of them, that of the weight, is written by the first chunk and only then added to.
+    """
 
     def __init__(self, hidden: Tensor, head: HeadTensors, needed: tuple[bool, ...], lora_scale: float) -> None:
         """`needed` tells which of hidden and the fields of the head need a gradient."""
         self.head, self.lora_scale = head, lora_scale
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
+        self.is_empty = True
         self.sums = [
             torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) if x is not None and need else None
-            for x, need in zip(head, needed[1:], strict=True)
+            for x, need in zip(head[1:], needed[2:], strict=True)
         ]
+        weight = head.weight
+        self.sums.insert(
+            0, torch.empty(weight.shape, dtype=sum_dtype(weight.dtype), device=weight.device) if needed[1] else None
+        )
 
     def add(self, rows: slice | Tensor, hidden: Tensor, d_logits: Tensor, wide: Tensor) -> None:
         """Add a chunk: its `rows` of the gradient of hidden, hidden itself (C, D), dz in its dtype and in float32 (or
@@ -106,7 +114,8 @@ class HeadGradients:
             else:
                 self.hidden.index_copy_(0, rows, d_logits @ weight)
         if d_weight is not None:
-            add_product(d_weight, wide.T, hidden)
+            add_product(d_weight, wide.T, hidden, beta=0.0 if self.is_empty else 1.0)
+        self.is_empty = False
         if d_bias is not None:
             d_bias += wide.sum(0, dtype=d_bias.dtype)
         if lora_a is None or lora_b is None:
@@ -123,11 +132,19 @@ class HeadGradients:
         if d_lora_b is not None:
             add_product(d_lora_b, wide.T, hidden @ lora_a.T, self.lora_scale)
 
+    def results(self) -> list[Tensor | None]:
+        """The gradients of hidden and of the fields of the head, None where not needed."""
+        if self.is_empty and self.sums[0] is not None:
+            self.sums[0].zero_()
+        return [self.hidden, *self.sums]
 
-def scale_to(total: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Tensor | None:
-    """total · factor (0-d) rounded once to `dtype`; in place where that is its dtype already."""
+
+def scale_to(total: Tensor | None, dtype: torch.dtype, factor: Tensor | None) -> Tensor | None:
+    """total · factor (0-d; None is 1) rounded once to `dtype`; in place where that is its dtype already."""
     if total is None:
         return None
+    if factor is None:
+        return total.to(dtype)
     out = total if total.dtype == dtype else total.new_empty(total.shape, dtype=dtype)
     # A 0-d factor would be rounded to the dtype of a half-precision total first.
     return torch.mul(total, factor.to(sum_dtype(total.dtype)).view(1), out=out)

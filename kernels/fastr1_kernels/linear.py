@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import torch_rows
 from .checks import LossArguments
 from .chunk import Chunk, make_chunk
 from .head import HeadGradients, HeadOptions, HeadTensors, scale_to, sum_dtype
@@ -122,7 +123,7 @@ def linear_loss(
     num_loss_tokens: int | None,
 ) -> tuple[LossOutput, Tensor]:
     """The fields of `GRPOOutput` for checked arguments, and the unit that gradients are best computed in (0-d)."""
-    loss = TokenLoss(token_ids, mask, arguments)
+    loss = TokenLoss(token_ids, mask, arguments, is_narrow=hidden.dtype == torch.float16)
     has_grad = torch.is_grad_enabled()
     trained = has_grad and any(x is not None and x.requires_grad for x in head)
     rows, is_whole = plan_rows(
@@ -202,7 +203,7 @@ def loss_of_chunks(rows: Rows, head: HeadTensors, options: HeadOptions, loss: To
                 d_logps, d_entropy = loss.gradients(logps[index], entropy[index], numbers)
                 gradients.add(index, hidden, *buffers.gradient(d_logps, d_entropy))
         value, metrics, logps, entropy, advantages = loss.output(logps, entropy)
-    value = _GivenGradients.apply(value, gradients, loss.unit, *inputs)
+    value = _GivenGradients.apply(value, gradients.results(), loss.unit, *inputs)
     return value, metrics, logps, entropy, advantages
 
 
@@ -210,8 +211,8 @@ class _GivenGradients(torch.autograd.Function):
     """The loss, with gradients that are known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: HeadGradients, unit: Tensor, *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(unit, gradients.hidden, *gradients.sums)
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], unit: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(unit, *gradients)
         ctx.dtypes = [torch.float32 if x is None else x.dtype for x in inputs]
         return loss.clone()
 
@@ -219,9 +220,11 @@ class _GivenGradients(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(ONCE)
-        # The sums are scaled in place: a second backward pass through retain_graph=True is refused by autograd.
         unit, *sums = ctx.saved_tensors
-        factor = d_loss * unit
+        scale = d_loss * unit
+        factor = None if torch_rows.may_read(scale) and scale == 1 else scale
+        # The sums are given away: a second backward pass through retain_graph=True is refused by autograd.
+        torch.autograd.graph.increment_version([x for x in sums if x is not None])
         return None, None, None, *(scale_to(x, dtype, factor) for x, dtype in zip(sums, ctx.dtypes, strict=True))
 
 
@@ -267,8 +270,8 @@ def logps_gradients(
             g = rows.live(chunk, d_logps[index])
             h = None if d_entropy is None else rows.live(chunk, d_entropy[index])
             gradients.add(index, inputs[0], *buffers.gradient(g, h))
-    sums = zip([gradients.hidden, *gradients.sums], (hidden, *head), strict=True)
-    return [None if x is None or y is None else x.to(y.dtype) for x, y in sums]
+    results = zip(gradients.results(), (hidden, *head), strict=True)
+    return [None if x is None or y is None else x.to(y.dtype) for x, y in results]
 
 
 class _LinearLogps(torch.autograd.Function):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .checks import check_head, check_rows, check_temperatures, check_token_ids
-from .compiled import compiled_linear_logps
 from .dispatch import may_read_values
 from .head import HeadOptions, HeadTensors
 from .linear import chunked_linear_logps, default_chunk_size, linear_rows
+from .linear_ops import compiled_linear_logps
 from .options import check_number
 from .rows import score_rows
 

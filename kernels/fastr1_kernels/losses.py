@@ -3,7 +3,7 @@
 Only the rows of loss tokens are used: what stands in a masked row, NaN included, reaches neither loss nor gradients.
 On a GPU `grpo_loss` is one Triton launch where every token's loss depends on its own row alone (`gpu.loss`). Else, and
 on a CPU, rows are scored and differentiated by `rows`, with `token_loss` between. `linear_grpo_loss` computes loss and
-gradients a chunk of rows at a time (`linear`, inside `torch.compile` by `compiled`). `dispatch` has the rules.
+gradients a chunk of rows at a time (`linear`, inside `torch.compile` by `linear_ops`). `dispatch` has the rules.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .checks import (
     check_temperatures,
     check_token_ids,
 )
-from .compiled import compiled_linear_loss
 from .dispatch import fits_one_launch, knows_gradient, may_read_values, rewards_use_triton, uses_triton
 from .head import HeadOptions, HeadTensors
 from .linear import linear_loss
+from .linear_ops import compiled_linear_loss
 from .options import LossOptions, check_count, choose_options
 from .rows import score_rows
 from .token_loss import TokenLoss, advantages_of
@@ -285,9 +285,10 @@ def _linear_loss(
         check_count("num_loss_tokens", num_loss_tokens)
         if arguments.check_values and (number := int(mask.sum())) != num_loss_tokens:
             raise ValueError(f"num_loss_tokens={num_loss_tokens}, but mask has {number} loss tokens")
-    call = compiled_linear_loss if torch.compiler.is_compiling() else linear_loss
-    sizes = (chunk_size, num_loss_tokens)
-    output, _ = call(hidden, head, token_ids, mask, temperatures, arguments, options, *sizes)
+    inputs = (hidden, head, token_ids, mask, temperatures, arguments, options, chunk_size, num_loss_tokens)
+    if torch.compiler.is_compiling():
+        return GRPOOutput(*compiled_linear_loss(*inputs))
+    output, _ = linear_loss(*inputs)
     return GRPOOutput(*output)
 
 

@@ -53,7 +53,8 @@ class Sequences:
 class TokenLoss:
     """The loss of checked arguments as a function of log-probabilities and entropies of all tokens, (N,) each."""
 
-    def __init__(self, token_ids: Tensor, mask: Tensor, arguments: LossArguments) -> None:
+    def __init__(self, token_ids: Tensor, mask: Tensor, arguments: LossArguments, is_narrow: bool = False) -> None:
+        """With `is_narrow` gradients are kept in float16, where those of the order of a weight would be lost."""
         self.options, self.shape = arguments.options, token_ids.shape
         self.mask = mask.reshape(-1)
         self.is_per_token = is_per_token(self.options, has_sampler=arguments.sampler_logps is not None)
@@ -69,9 +70,10 @@ class TokenLoss:
         self.given = {name: self._place(x.reshape(-1)) for name, x in given.items() if x is not None}
         counts = self.sequences.sum(self.mask)
         self.weights = reference.sequence_weights(counts, self.options, arguments.normalizer, torch.float64)  # (B,)
-        # A power of two near the largest weight: gradients of its order would be lost in float16.
-        largest = self.weights.amax() if len(self.weights) else self.weights.sum()
-        self.unit = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+        self.unit = torch.ones((), dtype=torch.float64, device=token_ids.device)
+        if is_narrow and len(self.weights):  # a power of two near the largest weight
+            largest = self.weights.amax()
+            self.unit = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
 
     def __call__(self, logps: Tensor, entropy: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The part of the loss (0-d), and of the metrics, that the tokens of `mask` have; None: of all."""

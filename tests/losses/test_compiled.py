@@ -100,6 +100,18 @@ def test_heads(head: dict[str, Any]) -> None:
     assert_same(TORCH, logps, HIDDEN, WEIGHT, TOKEN_IDS)
 
 
+def test_float16_gradients_of_small_weights() -> None:
+    # A weight of 1e-9 is 0 in float16: what is kept is the gradient over a unit.
+    inputs = tuple(x.to(TORCH.device, torch.float16) for x in (HIDDEN, WEIGHT))
+    call = loss_call(placed(TORCH, CASES["dapo"] | {"normalizer": 1e9}))
+    scaled = lambda *x: call(*x)[0] * 1e9  # noqa: E731
+    expected = run(loss_call(placed(TORCH, CASES["dapo"] | {"normalizer": 1.0})), (*inputs, TOKEN_IDS.to(TORCH.device)))
+    for use in (scaled, compiled(scaled)):
+        _, *gradients = run(use, (*inputs, TOKEN_IDS.to(TORCH.device)))
+        for got, gold in zip(gradients, expected[-2:], strict=True):
+            torch.testing.assert_close(got, gold, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("has_grad", [True, False])
 @pytest.mark.parametrize("with_entropy", [True, False])
 def test_log_probabilities(backend: Backend, with_entropy: bool, has_grad: bool) -> None:

@@ -126,6 +126,17 @@ def test_grad_scale_changes_no_value_and_no_gradient(backend: Backend, arguments
         assert torch.equal(scaled, gradient)  # powers of two
 
 
+def test_a_loss_that_is_multiplied_by_zero_has_gradient_zero(backend: Backend) -> None:
+    logits = backend.put(LOGITS).requires_grad_()
+    others = {"mask": MASK, "advantages": ADVANTAGES, "old_logps": OLD, "grad_scale": torch.zeros(())}
+    loss = grpo_loss(
+        logits, backend.put(TOKEN_IDS), loss_type="grpo", **{k: backend.put(v) for k, v in others.items()}
+    ).loss
+    (loss * 0).backward()
+    assert logits.grad is not None
+    assert logits.grad.eq(0).all()
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, NAN, torch.ones(2)])
 def test_wrong_grad_scales_are_refused(scale: float | Tensor) -> None:
     with pytest.raises(ValueError, match="grad_scale"):

@@ -64,7 +64,6 @@ def _launch(
     sampler_logps: Tensor | None,
     grad_scale: Tensor | None,  # 0-d float32
     num_generations: int,  # 0 with group_ids
-    compute_entropy: bool,
     **values: Any,  # the fields of LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of the terms (8,), the terms (8, N) and the advantages (B,), empty where they were given."""
@@ -101,7 +100,6 @@ def _launch(
                 eps=float(options.advantage_eps),
                 SCALE=options.scale_rewards,
                 LEAVE_ONE_OUT=options.leave_one_out,
-                HAS_ENTROPY=compute_entropy,
                 HAS_BONUS=options.entropy_coef != 0,
                 BLOCK_R=BLOCK_REWARDS,
                 **policy_arguments(options),
@@ -127,7 +125,7 @@ loss_rows_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? sequence, Tensor weights, Tensor? advantages, "
     "Tensor? rewards, Tensor? group_ids, Tensor? sequence_index, Tensor? old_logps, Tensor? ref_logps, "
-    "Tensor? sampler_logps, Tensor? grad_scale, int num_generations, bool compute_entropy, *, bool has_gradient, "
+    "Tensor? sampler_logps, Tensor? grad_scale, int num_generations, *, bool has_gradient, "
     f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -209,12 +207,10 @@ def one_launch_loss(
     advantages: Tensor | None,  # (B,) or as token_ids; None: from arguments.rewards
     inplace: bool,
     grad_scale: float | Tensor | None = None,
-    compute_entropy: bool = True,
 ) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
     """The fields of `GRPOOutput` for checked arguments in which every token's loss depends on its own row alone.
 
     `grad_scale` is the upstream gradient, as far as it is known: a backward pass that brings it has nothing left to do.
-    Without `compute_entropy`, and without entropy bonus, the entropy is zeros and no metric.
     """
     if isinstance(grad_scale, Tensor):
         grad_scale = grad_scale.detach().float()
@@ -224,17 +220,13 @@ def one_launch_loss(
         advantages = _launched_advantages(arguments)
     sequence, counts = _sequences(token_ids, mask, arguments.cu_seqlens)
     options = arguments.options
-    denominator = reference.loss_denominator(counts.sum(), len(counts), options, arguments.normalizer)
-    weights = (1 / denominator).expand(len(counts))
-    if options.loss.reduction == "sequence_means":
-        weights = weights / counts.clamp(min=1)
-    compute_entropy = compute_entropy or options.entropy_coef != 0
+    weights = reference.sequence_weights(counts, options, arguments.normalizer, torch.float32)
     rewards = _flat(arguments.rewards) if advantages is None else None
     tensors = (
         token_ids.reshape(-1).contiguous(),
         None if arguments.mask is None else mask.reshape(-1).contiguous().view(torch.uint8),
         sequence,
-        weights.float().contiguous(),
+        weights.contiguous(),
         _flat(advantages),
         rewards,
         None if rewards is None or arguments.group_ids is None else arguments.group_ids.contiguous(),
@@ -242,7 +234,6 @@ def one_launch_loss(
         *(_flat(x) for x in (arguments.old_logps, arguments.ref_logps, arguments.sampler_logps)),
         grad_scale,
         arguments.num_generations or 0,
-        compute_entropy,
     )
     values = option_values(options)
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
@@ -252,9 +243,8 @@ def one_launch_loss(
     else:
         sums, terms, computed = _LossRows.apply(grid, has_gradient, inplace, values, *tensors)
     loss, sums, terms = sums[TERM_LOSS.value], sums.detach(), terms.detach()
-    names = [name for name in metric_names(arguments) if name != "entropy" or compute_entropy]
     count = counts.sum()
-    metrics = {name: (sums[METRIC_TERMS[name]], count) for name in names}
+    metrics = {name: (sums[METRIC_TERMS[name]], count) for name in metric_names(arguments)}
     shape = token_ids.shape
     used = computed.detach() if advantages is None else advantages.detach().float()
     return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), used

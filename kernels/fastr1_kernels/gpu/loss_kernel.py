@@ -71,7 +71,6 @@ def grpo_rows_kernel(
     SOURCE: tl.constexpr,  # of the advantages: "rewards" | "sequence" | "token"
     SCALE: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     HAS_BONUS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,9 +105,7 @@ def grpo_rows_kernel(
 
     x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t, WIDTH)
     token = tl.load(token_ids_ptr + i_n).to(tl.int64)
-    row_top, log2_sum, logp, entropy, x_token = score_row(
-        x_ptr, stride_v, token, V, temperature, HAS_ENTROPY, WIDTH, BLOCK
-    )
+    row_top, log2_sum, logp, entropy, x_token = score_row(x_ptr, stride_v, token, V, temperature, True, WIDTH, BLOCK)
 
     old = logp
     if old_ptr is not None:

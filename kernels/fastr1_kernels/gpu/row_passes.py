@@ -43,6 +43,14 @@ def row_base(pointer, i_n, T, stride_b, stride_t, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def lane_columns(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of a block, (·, lanes, ·): the 16 of a lane lie side by side as far as one load reaches, then apart."""
+    LANES: tl.constexpr = BLOCK // LANE
+    o_v = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    return o_v + tl.arange(0, LANE // WIDTH)[:, None, None] * (LANES * WIDTH)
+
+
+@triton.jit
 def add_block(x, top, b_sum, b_moment, scale, HAS_ENTROPY: tl.constexpr):
     """(m, S, U) of the lanes after one more block x of logits, (·, lanes, ·) float32."""
     if HAS_ENTROPY:
@@ -65,10 +73,8 @@ def score_row(
     scale = LOG2_E / temperature
     # Before the barriers of the sums below: in place, other warps overwrite this logit once they have passed them.
     x_token = tl.load(x_ptr + token * stride_v, mask=(token >= 0) & (token < V), other=float("-inf")).to(tl.float32)
-    # A lane is the middle axis. Its 16 logits lie side by side as far as one load reaches, then LANES of them apart.
     LANES: tl.constexpr = BLOCK // LANE
-    o_v = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    o_v += tl.arange(0, LANE // WIDTH)[:, None, None] * (LANES * WIDTH)
+    o_v = lane_columns(WIDTH, BLOCK)
     o_x = o_v.to(tl.int64) * stride_v
     top = tl.full((LANES,), LOWEST, tl.float32)
     b_sum = tl.zeros((LANES,), tl.float32)
@@ -133,24 +139,34 @@ def write_row_gradient(
     scale = LOG2_E / temperature
     d_logp, d_entropy = d_logp / temperature, d_entropy / temperature
     token_ptr = d_ptr + token * d_stride_v
+    LANES: tl.constexpr = BLOCK // LANE
+    lane_entropy = d_entropy
+    if HAS_ENTROPY:
+        # A number of every lane stays in a register of its own; an operation takes one that all threads share, not two.
+        lane_entropy = tl.where(tl.arange(0, LANES) < V, d_entropy, 0.0)[None, :, None]
     whole = V // BLOCK * BLOCK
+    x_row, d_row = x_ptr, d_ptr
     x_ptr += tl.cast(whole, tl.int64) * stride_v
     d_ptr += tl.cast(whole, tl.int64) * d_stride_v
     if WIDTH > 1:
         x_ptr, d_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(d_ptr, 16)
-    o_v = tl.arange(0, BLOCK)
+    o_v = lane_columns(WIDTH, BLOCK)
     o_x, o_d = o_v.to(tl.int64) * stride_v, o_v.to(tl.int64) * d_stride_v
     if whole < V:
         m_v = o_v < V - whole
         x = tl.load(x_ptr + o_x, mask=m_v, other=float("-inf")).to(tl.float32)
-        d = column_gradient(x, d_logp, d_entropy, row_top, log2_sum, entropy, scale, HAS_ENTROPY)
+        d = column_gradient(x, d_logp, lane_entropy, row_top, log2_sum, entropy, scale, HAS_ENTROPY)
         tl.store(d_ptr + o_d, d.to(d_ptr.dtype.element_ty), mask=m_v)
     step = tl.cast(BLOCK, tl.int64)
-    for _ in range(0, whole, BLOCK):
-        x_ptr -= step * stride_v
-        d_ptr -= step * d_stride_v
+    for start in range(0, whole, BLOCK):
+        if WIDTH > 1:
+            x_ptr -= step * stride_v
+            d_ptr -= step * d_stride_v
+        else:  # the compiler keeps fewer addresses this way
+            back = tl.cast(whole - BLOCK - start, tl.int64)
+            x_ptr, d_ptr = x_row + back * stride_v, d_row + back * d_stride_v
         x = tl.load(x_ptr + o_x).to(tl.float32)
-        d = column_gradient(x, d_logp, d_entropy, row_top, log2_sum, entropy, scale, HAS_ENTROPY)
+        d = column_gradient(x, d_logp, lane_entropy, row_top, log2_sum, entropy, scale, HAS_ENTROPY)
         tl.store(d_ptr + o_d, d.to(d_ptr.dtype.element_ty))
     tl.debug_barrier()  # the thread that wrote this column need not be the one that writes it now
     d = d_logp + column_gradient(x_token, d_logp, d_entropy, row_top, log2_sum, entropy, scale, HAS_ENTROPY)

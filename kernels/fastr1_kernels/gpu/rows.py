@@ -31,7 +31,8 @@ ROW_BYTES = 16  # of one load
 def row_launch_config(vocabulary: int, width: int = 1) -> dict[str, int]:
     """Block, warps and WIDTH by vocabulary and `row_width` alone. Not tuned on a GPU yet: 16 logits a thread.
 
-    Where every logit has an address of its own, 64 registers let two programs of 512 threads share a multiprocessor.
+    Where every logit has an address of its own, 64 registers let two programs of 512 threads share a multiprocessor; so
+    would 48, but with spills where columns are not neighbours.
     """
     block = min(max(triton.next_power_of_2(vocabulary), 512), 8192)
     config = {"BLOCK": block, "num_warps": block // 512, "WIDTH": width}
@@ -186,7 +187,8 @@ def scale_rows_kernel(
     """d_logits *= d_loss / grad_scale, without touching them where that is 1."""
     scale = tl.load(d_loss_ptr).to(tl.float32)
     if grad_scale_ptr is not None:
-        scale = scale / tl.load(grad_scale_ptr)
+        written = tl.load(grad_scale_ptr)
+        scale = tl.where(scale == written, 1.0, scale / written)  # 0 / 0 is 1 here: zeros stay zeros
     if scale != 1.0:
         d_ptr = row_base(d_logits_ptr, tl.program_id(0).to(tl.int64), T, stride_b, stride_t, WIDTH)
         for start in range(0, V, BLOCK):

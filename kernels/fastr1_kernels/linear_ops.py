@@ -122,14 +122,14 @@ def compiled_linear_loss(
     options: HeadOptions,
     chunk_size: int | None,
     num_loss_tokens: int | None,
-) -> tuple[LossOutput, Tensor]:
-    """`linear.linear_loss` as one operator, without the values of any tensor."""
+) -> LossOutput:
+    """The output of `linear.linear_loss`, from one operator, without the values of any tensor."""
     a = arguments
     normalizer = a.normalizer
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=hidden.device)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, *head)]
-    loss, unit, sums, count, logps, entropy, advantages, _ = linear_loss_op(
+    loss, _, sums, count, logps, entropy, advantages, _ = linear_loss_op(
         hidden,
         *head,
         token_ids,
@@ -154,7 +154,7 @@ def compiled_linear_loss(
     names = metric_names(a)
     sums = sums.detach()
     metrics = {name: (sums[i], count) for i, name in enumerate(names)}
-    return (loss, metrics, logps.detach(), entropy.detach(), advantages.detach()), unit
+    return loss, metrics, logps.detach(), entropy.detach(), advantages.detach()
 
 
 def _linear_loss(hidden: Tensor, *inputs: Any, **values: Any) -> tuple[Any, ...]:
