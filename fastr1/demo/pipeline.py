@@ -5,6 +5,7 @@ Training runs through the same command a user types, `deepspeed fastr1/train.py 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -154,18 +155,23 @@ def launch(name: str, overrides: Sequence[str]) -> None:
 
 
 def _run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
-    """Like `subprocess.run`, but a signal to this process alone ends the child first, in its own time."""
+    """Like `subprocess.run`, but a signal to this process is passed on to all that the child started, and their end is
+    waited for: the launcher itself does not wait for a checkpoint."""
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     earlier = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    child = subprocess.Popen(command, env=environment)
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         code = child.wait()
     except BaseException:  # Ctrl-C too
-        child.terminate()
-        child.wait()
+        with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
+            os.killpg(child.pid, signal.SIGTERM)
+            while True:
+                child.poll()
+                os.killpg(child.pid, 0)
+                time.sleep(0.1)
         raise
     finally:
         for number, handler in earlier.items():

@@ -158,11 +158,10 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
             pipeline.run_demo(tmp_path)
 
 
-# A launcher that needs a moment to end, as one that waits for a checkpoint.
-LAUNCHER = """#!/bin/sh
-trap 'sleep 0.5; touch saved; exit 0' TERM
-touch begun
-while :; do sleep 0.1; done
+# A launcher that ends at once, and what it started, which needs a moment for a checkpoint.
+LAUNCHER = """
+(trap 'sleep 2; touch saved; exit 0' TERM; touch begun; while :; do sleep 0.1; done) &
+wait
 """
 
 
