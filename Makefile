@@ -28,8 +28,9 @@ demo-base: $(READY)  ## train a base model for the demo from nothing, 37 minutes
 readme: $(READY)  ## the measured numbers and the chart of README.md, from the rows in bench/results
 	$(BIN)/python scripts/render_readme.py
 
-test: $(READY)  ## the CPU tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## the CPU tests, in two processes
+	@# Every file in one of them, in the order of the names: the longest tests do not come last.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## CPU tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"

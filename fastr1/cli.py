@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import ConfigError, TrainConfig, config_to_dict, load_config
+from fastr1.config import ConfigError, TrainConfig, config_to_dict, find_config, load_config
 from fastr1.evaluation.arguments import (
     add_chat_arguments,
     add_eval_arguments,
@@ -97,6 +97,8 @@ def run_config(config: TrainConfig, *, dry_run: bool = False) -> None:
     """Runs the task of a configuration in this process, with progress messages of the first rank."""
     from fastr1.training.stop import StopRequest
 
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # reward functions of the user's own; the launchers differ in whether it is there
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     if dry_run:
@@ -219,7 +221,8 @@ def _sft(args: argparse.Namespace) -> int:
 
 
 def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
-    config = load_config(args.config, args.overrides)
+    file = find_config(args.config)
+    config = load_config(file, args.overrides)
     if config.task != task:
         raise ConfigError(f"{args.config}: task is {config.task!r}; run `fastr1 {other_command}`")
     if args.num_processes > 1:
@@ -227,7 +230,7 @@ def _run_task(args: argparse.Namespace, task: str, other_command: str) -> int:
 
         overrides = [word for override in args.overrides for word in ("--set", override)]
         dry_run = ["--dry-run"] if args.dry_run else []
-        return run_processes(args.num_processes, ["--config", args.config, *overrides, *dry_run])
+        return run_processes(args.num_processes, ["--config", str(file), *overrides, *dry_run])
     run_config(config, dry_run=args.dry_run)
     return 0
 

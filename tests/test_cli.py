@@ -15,6 +15,7 @@ import pytest
 from trainer_toys import write_world
 
 from fastr1 import cli, train
+from fastr1.config import shipped_configs
 from fastr1.evaluation.chat import chat
 from fastr1.schema import DataError
 from fastr1.training.agreement import PeerError, on_every_rank
@@ -163,6 +164,19 @@ def test_several_processes_get_the_same_arguments(config: Path, monkeypatch: pyt
     assert recorder.calls == [((3, ["--config", str(config), *settings]), {})]
     assert cli.main(["train", "--config", str(config), "--num-processes", "3", "--set", "run.sed=7"]) == 2
     assert len(recorder.calls) == 1
+
+
+def test_a_shipped_configuration_is_announced_once_and_passed_on_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recorder = Recorder(monkeypatch, "fastr1.training.launch", "run_processes", 0)
+    assert cli.main(["train", "--config", "grpo", "--num-processes", "2"]) == 0
+    file = str(shipped_configs()["grpo"])
+    assert recorder.calls == [((2, ["--config", file]), {})]
+    assert [message for message in caplog.messages if "shipped" in message] == [
+        f"no file grpo here: taking the shipped {file}"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,13 @@ def test_a_reward_is_one_file_and_its_name(tmp_path: Path) -> None:
     config = make_config(write_world(tmp_path / "world"), tmp_path / "run", optim__max_steps=1)
     save_config(config, tmp_path / "config.json")
     assert list(config.reward.functions) != json.loads(functions[1])
-    environment = child_environment()
-    environment["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"
+    # as the installed command, whose path does not begin with the folder it is started in
+    installed = "import sys; sys.path.remove(''); from fastr1.cli import main; sys.exit(main())"
     arguments = ["train", "--config", "config.json", "--set", f"reward.functions={functions[1]}"]
     done = subprocess.run(
-        [sys.executable, "-m", "fastr1.cli", *arguments],
+        [sys.executable, "-c", installed, *arguments],
         cwd=tmp_path,
-        env=environment,
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=200,

@@ -18,7 +18,7 @@ from fastr1.config.fields import (
 )
 from fastr1.config.loading import config_to_dict, load_config, save_config
 from fastr1.config.losses import loss_options
-from fastr1.config.shipped import PACKAGE, find_shipped, shipped_configs
+from fastr1.config.shipped import PACKAGE, find_config, find_shipped, shipped_configs
 
 __all__ = [
     "INSTRUCTION",
@@ -41,6 +41,7 @@ __all__ = [
     "check_reward",
     "check_value",
     "config_to_dict",
+    "find_config",
     "find_shipped",
     "load_config",
     "loss_options",

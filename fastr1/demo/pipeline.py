@@ -5,9 +5,11 @@ Training runs through the same command a user types, `deepspeed fastr1/train.py 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -147,9 +149,35 @@ def launch(name: str, overrides: Sequence[str]) -> None:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else each process of the launcher warns that it found no GPU
-    subprocess.run(command, check=True, env=environment)
+    _run_to_its_end(command, environment)
     if not (Path(settings.run.output_dir) / "final").exists():
         raise DataError(f"the training of {settings.run.output_dir} was stopped before its end; start the demo again")
+
+
+def _run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
+    """Like `subprocess.run`, but a signal to this process is passed on to all that the child started, and their end is
+    waited for: the launcher itself does not wait for a checkpoint."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    earlier = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        code = child.wait()
+    except BaseException:  # Ctrl-C too
+        with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
+            os.killpg(child.pid, signal.SIGTERM)
+            while True:
+                child.poll()
+                os.killpg(child.pid, 0)
+                time.sleep(0.1)
+        raise
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def _free_port() -> int:

@@ -6,13 +6,16 @@ are those of one process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pickle
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +153,11 @@ def _answer_in_processes(job: _Job, samples: list[Sample]) -> tuple[list[Answer]
     with tempfile.TemporaryDirectory(prefix="fastr1-eval-") as folder:
         try:
             arguments = (job, num_threads, Path(folder), os.getpid())
-            multiprocessing.spawn(_run_process, arguments, nprocs=num_processes, daemon=True)  # end with this one
+            with _ctrl_c_held_back():  # it would make each process print a traceback while it imports
+                # daemons: they end with this one
+                started = multiprocessing.spawn(_run_process, arguments, nprocs=num_processes, join=False, daemon=True)
+            while not started.join():
+                pass
         except ProcessExitedException as error:
             for refusal in sorted(Path(folder).glob("*.error")):
                 raise DataError(refusal.read_text()) from None
@@ -170,8 +177,20 @@ def _answer_in_processes(job: _Job, samples: list[Sample]) -> tuple[list[Answer]
     return [placed[place] for place in sorted(placed)], sorted(failures, key=lambda bad: bad.line)
 
 
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Delivered when this is left; a process that is started inside does not hear it before it unblocks it."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 def _run_process(rank: int, job: _Job, num_threads: int, folder: Path, parent: int) -> None:
     """Answers the share of one process; what fastr1 refuses is left as text and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, and what torch has sent when the parent dies
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if os.getppid() != parent:  # it ended while this process was starting; torch sees to what comes later
         return
     torch.set_num_threads(num_threads)

@@ -73,6 +73,18 @@ def _is_sound(name: str, value: Any) -> bool:
     return value > 0 or (name == "num_frames" and value == -1)
 
 
+def _refuse_run_folder(folder: Path) -> None:
+    """Name the model where a run or a checkpoint of it was given: neither holds one that can be loaded."""
+    around = (folder, folder.parent, folder.parent.parent)
+    run = next((place for place in around if (place / "checkpoints").is_dir() or (place / "final").is_dir()), None)
+    is_checkpoint = run is not None and folder.is_relative_to(run / "checkpoints")
+    if run is None or not (folder == run or is_checkpoint) or any(folder.glob("*.safetensors")):
+        return
+    what, model = "a checkpoint to go on from" if is_checkpoint else "the folder of a run", run / "final"
+    remedy = f"its model is {model}" if model.is_dir() else f"its model will be {model} when the run has ended"
+    raise DataError(f"{folder} is {what}, not a model: {remedy}")
+
+
 def data_settings(
     model_path: str | Path,
     *,
@@ -87,6 +99,7 @@ def data_settings(
     given is not. Raises: DataError for a damaged record, BackendError for a given decoder that cannot be loaded,
     ConfigError for a limit of frames that has no effect.
     """
+    _refuse_run_folder(Path(model_path))
     recorded = read_recorded(model_path)
     trained: dict[str, Any] = {} if recorded is None else asdict(recorded)
     if num_frames not in (None, trained.get("num_frames")):

@@ -167,7 +167,7 @@ def _resolve(name: str, built_in: dict[str, RewardFunction]) -> RewardFunction:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RewardError(
-            f"reward function {name!r}: {error}; put the folder of {module_name!r} on PYTHONPATH"
+            f"reward function {name!r}: {error}; start in the folder of {module_name!r} or put that on PYTHONPATH"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -14,7 +14,7 @@ from fastr1.config import RunConfig
 from fastr1.training.agreement import PeerError, is_on_every_rank
 from fastr1.training.checkpoint import random_state, save_checkpoint
 from fastr1.training.distributed import DistributedModel
-from fastr1.training.stop import RESUME, StopRequest
+from fastr1.training.stop import RESUME, SAME_COMMAND, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Keeper:
         saved: that checkpoint.
         settings: what a run that goes on from a checkpoint must share.
 
-    Attributes: step (updates finished).
+    Attributes: step (updates finished), go_on (what to type to go on from the last checkpoint).
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class Keeper:
         self._saved: Path | None = None
         self._saved_at = time.monotonic()
         self.finished(step)
+        self.go_on = RESUME
         if saved is not None:
+            self.go_on = SAME_COMMAND  # names that checkpoint, which need not be the last one of this run's folder
             self._note_saved(saved)
 
     def finished(self, step: int) -> None:
@@ -88,6 +90,7 @@ class Keeper:
                 settings=self._settings,
             )
             self._has_failed = False
+            self.go_on = RESUME
             self._note_saved(folder)
         assert self._saved is not None
         self._saved_at = time.monotonic()
@@ -95,7 +98,7 @@ class Keeper:
 
     def _note_saved(self, folder: Path) -> None:
         self._saved, self._is_saved = folder, True
-        self._stop.kept = f"update {self.step} is saved in {folder}: {RESUME}"
+        self._stop.kept = f"update {self.step} is saved in {folder}: {self.go_on}"
 
     def rescue(self, error: Exception) -> Exception:
         """Save the last finished update before `error` ends the run, where the state in memory is still that update's.
@@ -127,8 +130,10 @@ class Keeper:
                 except Exception as failure:  # the error that ends the run is the first one
                     reason = f"{failure}"
         if not reason:
-            return f"Update {self.step} is saved in {self._saved}: {RESUME}"
-        last = f"the last complete checkpoint is {self._saved}: {RESUME}" if self._saved else "there is no checkpoint"
+            return f"Update {self.step} is saved in {self._saved}: {self.go_on}"
+        last = (
+            f"the last complete checkpoint is {self._saved}: {self.go_on}" if self._saved else "there is no checkpoint"
+        )
         return f"Update {self.step} could not be saved ({reason}); {last}"
 
     def _reason_not_to_save(self, error: Exception) -> str:

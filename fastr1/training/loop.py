@@ -35,7 +35,7 @@ from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
-from fastr1.training.stop import RESUME, SAVING, StopRequest, machine_id, process_id
+from fastr1.training.stop import SAVING, StopRequest, machine_id, process_id
 from fastr1.training.updates import Updates
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class TrainingRun(Generic[S]):
                 checkpoint = self._train(step, start, keeper)
                 if checkpoint is not None:
                     if self.distributed.rank == 0:
-                        logger.warning("stopped after update %d of %d: %s", keeper.step, len(self.order), RESUME)
+                        logger.warning("stopped after update %d of %d: %s", keeper.step, len(self.order), keeper.go_on)
                     return checkpoint
                 self.stop.answer = "all updates are done; writing the model"
                 export_model(self.distributed, self.model, self.processor, self.config, self.output_dir / "final")

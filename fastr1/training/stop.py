@@ -34,7 +34,8 @@ LAUNCHER_SECONDS = 20.0  # DeepSpeed's launcher waits for 30
 SAME_CTRL_C_SECONDS = 1.0  # some wrappers pass on the Ctrl-C that the terminal has sent to all already
 SAVING = "finishing this update, then saving"
 DEAD = "0:never"  # the `process_id` of no process
-RESUME = "go on with the same command and --set run.resume_from_checkpoint=last"
+SAME_COMMAND = "go on with the same command"
+RESUME = f"{SAME_COMMAND} and --set run.resume_from_checkpoint=last"
 
 
 class StopRequest:

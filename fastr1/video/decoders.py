@@ -23,7 +23,7 @@ from fastr1.video.frame_rule import select_indices
 from fastr1.video.torchcodec_backend import TorchcodecUnavailableError
 
 TORCHCODEC_REMEDY = (
-    "Install torchcodec and FFmpeg 4 to 8, or run `python scripts/link_ffmpeg.py` (no root needed), "
+    "Install torchcodec and FFmpeg 4 to 8, or in a checkout run `python scripts/link_ffmpeg.py` (no root needed), "
     'or set data.backend to "pyav".'
 )
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,6 +32,10 @@ _Images = dict[int, tuple[float | None, np.ndarray]]
 # Codecs that mark frames which no other frame is predicted from. HEVC's mark holds within a temporal layer only.
 _MARKS_UNREFERENCED = ("h264", "mpeg4")
 
+
+# Opening a file decodes some frames to learn what decoding tells again (20 ms at 720p): not of its first eight streams.
+# `Any`: PyAV's stub takes these for strings.
+_NO_PROBING: Any = [{"skip_frame": "all"}] * 8
 
 _STORES_BOTH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
@@ -184,7 +189,7 @@ def _decode_from_start(path: Path, scan: _Scan, wanted: list[int], num_ffmpeg_th
 
 @contextlib.contextmanager
 def _opened(path: Path, num_ffmpeg_threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
-    with av.open(str(path)) as container:
+    with av.open(str(path), stream_options=_NO_PROBING) as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             raise VideoError(path, "the file has no video stream")

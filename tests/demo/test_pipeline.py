@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import listen, until
+from trainer_toys import child_environment
 
 from fastr1 import cli
 from fastr1.config import load_config, save_config
@@ -141,7 +145,7 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
     changes = [f"run.output_dir={run}"]
     pipeline.run_demo(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.subprocess, "run", lambda command, check, env: None)
+        patch.setattr(pipeline, "_run_to_its_end", lambda command, environment: None)
         with pytest.raises(DataError, match="grpo was stopped before its end; start the demo again"):
             LAUNCH(pipeline.GRPO_CONFIG, changes)
         (run / "final").mkdir()
@@ -152,6 +156,27 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
         save_config(load_config(pipeline.GRPO_CONFIG, [*changes, *resumed]), run / "config.json")
         with pytest.raises(DataError, match="grpo holds a run that no demo made, or that was gone on with by hand"):
             pipeline.run_demo(tmp_path)
+
+
+# A launcher that ends at once, and what it started, which needs a moment for a checkpoint.
+LAUNCHER = """
+(trap 'sleep 2; touch saved; exit 0' TERM; touch begun; while :; do sleep 0.1; done) &
+wait
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_to_the_demo_alone_ends_its_training_first(tmp_path: Path, number: int, code: int) -> None:
+    (tmp_path / "launcher").write_text(LAUNCHER)
+    demo = (
+        "import sys; from fastr1.cli import report_errors; from fastr1.demo.pipeline import _run_to_its_end as run\n"
+        "sys.exit(report_errors(lambda: run(['sh', 'launcher'], {})))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", demo], cwd=tmp_path, env=child_environment(), preexec_fn=listen)
+    until(lambda: (tmp_path / "begun").exists())
+    process.send_signal(number)
+    assert process.wait(20) == code
+    assert (tmp_path / "saved").exists()
 
 
 def test_an_empty_folder_is_used(tmp_path: Path, stages: Stages) -> None:

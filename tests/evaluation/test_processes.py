@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from trainer_toys import NUM_SAMPLES, write_world
+from processes import is_running, listen, until
+from trainer_toys import NUM_SAMPLES, child_environment, write_world
 
 from fastr1.config import ConfigError, DataConfig
 from fastr1.evaluation import checkpoint
@@ -88,6 +94,32 @@ def test_a_refusal_in_one_process_is_told_as_it_is(world: Path, tmp_path: Path) 
     with pytest.raises(DataError) as together:
         evaluate(broken, tmp_path / "out.json", num_processes=2, batch_size=2)
     assert str(together.value) == str(alone.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True])
+def test_ctrl_c_ends_all_processes_with_one_line(world: Path, tmp_path: Path, to_all: bool) -> None:
+    """To all as from a terminal, or to the command alone."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text((world / "questions.jsonl").read_text() * 4000)
+    asked = ["--data-file", str(questions), "--video-root", str(world), "--num-frames", "4", "--backend", "pyav"]
+    command = [sys.executable, "-m", "fastr1.cli", "eval", "--model", str(world / "base"), *asked, "--device", "cpu"]
+    with subprocess.Popen(
+        [*command, "--num-processes", "2"],
+        env=child_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=listen,
+    ) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        until(lambda: len(children.read_text().split()) == 3)  # one of them keeps book of what they share
+        time.sleep(5)
+        pids = [int(pid) for pid in children.read_text().split()]
+        (os.killpg if to_all else os.kill)(parent.pid, signal.SIGINT)
+        _, errors = parent.communicate(timeout=60)
+    assert (parent.returncode, errors.splitlines()[1:]) == (130, ["interrupted"])
+    until(lambda: not any(map(is_running, pids)), 10)
 
 
 @pytest.mark.parametrize(

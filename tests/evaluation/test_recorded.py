@@ -204,3 +204,24 @@ def test_a_device_that_is_not_here_is_one_line(world: Path, device: str, capsys:
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: device is {device!r}")
     assert "choose cpu" in error
+
+
+def test_a_run_and_its_checkpoints_are_no_model_and_the_refusal_names_the_one_there_is(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-000002"
+    checkpoint.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    arguments = ["--data-file", "q.jsonl", "--video-root", "."]
+    assert cli.main(["eval", "--model", str(run), *arguments]) == 2
+    told = f"error: {run} is the folder of a run, not a model: its model will be {run}/final when the run has ended\n"
+    assert capsys.readouterr().err == told
+    shutil.copytree(trained, run / "final")
+    for folder in (checkpoint, checkpoint.parent):
+        assert cli.main(["chat", str(folder), "clip.mp4", "?"]) == 2
+        told = f"error: {folder} is a checkpoint to go on from, not a model: its model is {run}/final\n"
+        assert capsys.readouterr().err == told
+    shutil.copytree(run / "final", run, dirs_exist_ok=True)  # whatever lies beside it
+    for model in (run, run / "final", trained):
+        assert data_settings(model).num_frames == 3

@@ -172,6 +172,12 @@ def test_error_on_one_of_two_ranks_hangs_and_loses_nothing(two_processes: Path) 
         assert ("could not be saved (writing it failed)" in own_text) == (name == "disk")
         assert sorted(path.name for path in last.parent.iterdir()) == [last.name]
         assert find_last_checkpoint(folder / name).parent == last.parent
+    last = folder / "no answer" / "checkpoints" / "step-000002"  # what all know, and the first tells
+    why = "none of 6 questions could be asked; bad_samples.jsonl or the log says why: repair them"
+    kept = f"Update 2 is saved in {last}: {RESUME}"
+    assert told[0]["no answer"] == ["DataError", f"{why}. {kept}"]
+    assert told[1]["no answer"] == ["PeerError", f"rank 0 failed: DataError: {why}. {kept}"]
+    assert find_last_checkpoint(folder / "no answer") == last
     assert_same(exported(folder / "reward" / "final"), exported(folder / "whole" / "final"), tolerance=0)
     assert metrics_of(folder / "reward") == metrics_of(folder / "whole")
 

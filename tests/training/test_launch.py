@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import is_running, listen, processes_of, until
 from trainer_toys import ROOT, child_environment, make_config, write_world
 
 from fastr1.config import load_config, save_config
@@ -49,26 +49,6 @@ with stop.watching():
     (folder / f"saved {rank}").touch()
 """
 WAIT = "while not stop: time.sleep(0.02)"
-
-
-def listen() -> None:
-    """In a child before it begins: tests may be run in the background, where the shell has Ctrl-C ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 class Run:
@@ -230,19 +210,6 @@ def test_a_launcher_that_would_not_wait_is_ended_first(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-def processes_of(config: Path) -> dict[int, str]:
-    """Number and command line of all that runs with this configuration."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if str(config) in command and is_running(int(path.name)):
-            found[int(path.name)] = command
-    return found
 
 
 class Training:

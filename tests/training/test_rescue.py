@@ -26,7 +26,7 @@ from fastr1.training.distributed import NonFiniteGradientError
 from fastr1.training.grpo import GRPOTrainer, run_grpo
 from fastr1.training.keeper import DiskError
 from fastr1.training.run_folder import refuse_used_folder
-from fastr1.training.stop import RESUME, StopRequest
+from fastr1.training.stop import RESUME, SAME_COMMAND, StopRequest
 
 Parameters = dict[str, torch.Tensor]
 
@@ -212,6 +212,24 @@ def test_error_inside_an_update_saves_nothing_of_it(
         run_grpo(settings(world, tmp_path))
     assert "No update was finished: start again with the same command" in caplog.text
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_run_gone_on_with_elsewhere_names_no_checkpoint_that_its_folder_lacks(
+    world: Path, tmp_path: Path, before_scoring: Any
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_grpo(settings(world, first, optim__max_steps=2, run__save_steps=2))
+    taken = first / "checkpoints" / "step-000002"
+    trainer_toys.hooked_reward.update = 0
+    changes = {"run__resume_from_checkpoint": str(taken), "run__eval_steps": 0}
+    before_scoring(lambda update: 1 / (update - 1))
+    with pytest.raises(RewardError) as caught:
+        run_grpo(settings(world, second, **changes))
+    assert str(caught.value).endswith(f"Update 2 is saved in {taken}: {SAME_COMMAND}")
+    trainer_toys.hooked_reward.update = -1
+    with pytest.raises(RewardError) as caught:
+        run_grpo(settings(world, second, **changes))
+    assert_saved_and_named(caught.value, second, 3)
 
 
 def test_run_that_finished_no_update_leaves_its_folder_to_the_same_command(
