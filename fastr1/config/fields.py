@@ -33,6 +33,7 @@ class ModelConfig:
     freeze: tuple[ModelPart, ...] = ("vision_tower",)
     gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
+    use_liger_kernel: bool | None = None  # norms, MLPs and rotation of the decoder; None: with a GPU and liger-kernel
 
 
 @dataclass(frozen=True)

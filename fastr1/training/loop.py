@@ -21,7 +21,7 @@ from fastr1.config import DataConfig, TrainConfig, save_config
 from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.evaluation.multiple_choice import summarise_answers
-from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
+from fastr1.models import Processor, VideoLanguageModel, apply_liger, load_model, load_processor
 from fastr1.models.devices import resolve_device
 from fastr1.reporting.run_log import RunLogger
 from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
@@ -179,8 +179,7 @@ class TrainingRun(Generic[S]):
                 save_config(self.config, self.output_dir / "config.json")
         self.bad_data.begin()
         with agreement(self.distributed):
-            log = RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
-        return log
+            return RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
 
     def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
         """Every remaining update; returns the checkpoint if asked to stop before the last."""
@@ -344,6 +343,7 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     """The model to train, its frozen parts without gradient."""
     settings = config.model
     model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
+    apply_liger(model.decoder, settings.use_liger_kernel)
     model.freeze(settings.freeze)
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
