@@ -1,5 +1,5 @@
-"""Says whether this machine can run fastr1, by trying: imports, devices, every kernel, attention and a real video round
-trip as a configuration would have them. Changes nothing.
+"""Says whether this machine can run fastr1, by trying: imports, devices and their speed, every kernel, attention and a
+real video round trip as a configuration would have them. Changes nothing.
 
 Anything a library throws while it is imported or tried is a finding here, not a crash.
 """
@@ -63,7 +63,7 @@ _LIBRARIES = (
         "liger-kernel",
         "liger_kernel",
         False,
-        "pip install liger-kernel (a peer in the benches; training does not use it)",
+        "pip install liger-kernel (norms and MLPs of the decoder on a GPU, see model.use_liger_kernel)",
     ),
     _Library(
         "flash-attn",
@@ -82,6 +82,7 @@ def run_checks(config: TrainConfig | None = None) -> list[Check]:
     checks.append(_try("fastr1_kernels", _check_kernels, True, "pip install fastr1, or in a checkout pip install -e ."))
     checks += _run_kernels()
     checks.append(_try("device", _describe_devices, True, "install torch"))
+    checks.append(_try("speed", lambda: _measure_speed(config), False, "is there memory for a few large matrices?"))
     checks.append(_try("deepspeed accelerator", _describe_accelerator, True, PIP_TRAIN))
     remedy = 'set model.attn_implementation to "sdpa", or install what the line of the library above says'
     checks.append(_try("attention", lambda: check_attention(config), True, remedy))
@@ -279,6 +280,15 @@ def _describe_devices() -> str:
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
     return f"CUDA {torch.version.cuda}: {', '.join(names)}"
+
+
+def _measure_speed(config: TrainConfig) -> str:
+    """What the roofline of a step is computed from, in the dtype of training."""
+    from fastr1.models.devices import resolve_device, resolve_dtype
+    from fastr1.roofline import probe_machine
+
+    device = resolve_device()
+    return str(probe_machine(device, resolve_dtype(config.model.dtype, device)))
 
 
 def _describe_accelerator() -> str:

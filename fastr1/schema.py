@@ -116,6 +116,7 @@ class Batch:
     samples: list[Sample]  # B
     prompt_ids: list[torch.Tensor]  # B × (L_i,)
     prompt_lengths: list[int]  # B, tokens with those of the video
+    pixel_shapes: list[tuple[int, ...]]  # B × (F, 3, H, W), what the tower saw
     is_valid: list[bool]  # B; False: the video could not be decoded and is skipped
     rollout: Rollout  # B·G rows
     lengths: list[int]  # B·G, tokens of the completions

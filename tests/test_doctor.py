@@ -73,6 +73,7 @@ def test_this_environment_is_described_truthfully(checks: dict[str, Check]) -> N
         assert checks[name].detail == metadata.version(name)
     assert set(checks) >= {"python", "torchcodec", "liger-kernel", "flash-attn", "fastr1_kernels", "device"}
     assert checks["deepspeed accelerator"].detail in ("cpu", "cuda")
+    assert re.fullmatch(r".+: \S+ TFLOP/s in matrix products, \S+ GB/s in copies", checks["speed"].detail)
     assert checks["attention"].ok, checks["attention"]
     assert re.match(
         r"sdpa in (float32 on cpu|bfloat16 on cuda:0): decoder scaled_dot_product_\w+", checks["attention"].detail

@@ -36,6 +36,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
     packed_attn_implementation: PackedAttention = "auto"  # of the packed completions; auto: the fastest that is here
+    use_liger_kernel: bool | None = None  # norms, MLPs and rotation of the decoder; None: with a GPU and liger-kernel
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class RunConfig:
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "last"
     allow_changed: tuple[str, ...] = ()  # settings, such as "optim.learning_rate", that a resume may change
     report_to: tuple[Report, ...] = ("jsonl", "tensorboard")
+    roofline: bool = True  # measure the machine for two seconds, and report how far updates are from its limit
 
 
 @dataclass(frozen=True)

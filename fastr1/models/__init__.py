@@ -11,12 +11,14 @@ from fastr1.models.family import (
     load_processor,
     save_model,
 )
+from fastr1.models.liger import apply_liger
 
 __all__ = [
     "DecoderLayout",
     "ModelFileError",
     "Processor",
     "VideoLanguageModel",
+    "apply_liger",
     "build_model",
     "load_model",
     "load_processor",

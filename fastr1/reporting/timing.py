@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -38,11 +38,15 @@ class PhaseTimer:
             self._is_open = False
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """`time/<phase>_seconds` of every phase since the last call of `pop_seconds`."""
+        return {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
+
     def pop_seconds(self) -> dict[str, float]:
-        """`time/<phase>_seconds` of every phase since the last call, and `time/step_seconds`, all time since then."""
+        """`seconds`, and `time/step_seconds`, all time since the last call; starts anew."""
         now = self._now()
-        result = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
-        result["time/step_seconds"] = now - self._step_start
+        result = {**self.seconds, "time/step_seconds": now - self._step_start}
         self._seconds = {}
         self._step_start = now
         return result
@@ -62,11 +66,16 @@ def machine_metrics(ranks: Ranks, timer: PhaseTimer, num_tokens: float) -> Metri
     """Seconds since the last call and peak memory, of the rank that needed most; tokens per second of training, which
     is as fast as the slowest rank (not a number where nothing was trained). All ranks call it."""
     seconds = timer.pop_seconds()
-    aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
-    training = sum(value for name, value in seconds.items() if name not in aside)
+    training = training_seconds(seconds)
     most = maxima(ranks, {**seconds, "training": training, "peak_memory_bytes": float(peak_memory_bytes(timer.device))})
     training = most.pop("training")
     return {"tokens_per_second": num_tokens / training if training else math.nan, **most}
+
+
+def training_seconds(seconds: Mapping[str, float]) -> float:
+    """The phases of `PhaseTimer.pop_seconds` that an update consists of, added up."""
+    aside = ("time/step_seconds", "time/evaluation_seconds", "time/checkpoint_seconds")
+    return sum(taken for name, taken in seconds.items() if name.startswith("time/") and name not in aside)
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

@@ -23,11 +23,13 @@ from fastr1.config import TrainConfig, loss_options
 from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
 from fastr1.models import VideoLanguageModel
+from fastr1.models.family import read_config
 from fastr1.models.texts import prompt_ids
 from fastr1.reporting.sampler_gap import SamplerGap
-from fastr1.reporting.statistics import Metrics, TokenSums, rollout_rows, summarise_rollout
+from fastr1.reporting.statistics import Metrics, TokenSums, mean_metrics, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, sample_completions
+from fastr1.roofline import GroupWork, StepLimit, StepWork, describe_model, probe_machine
 from fastr1.schema import Batch, DataError, Rollout, Sample, Update
 from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun, load_policy
@@ -67,6 +69,10 @@ class GRPOTrainer:
         # Ids and lengths come from the rollout and are right; looking at their values would wait for a GPU.
         self.check_values = self.distributed.device.type == "cpu"
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
+        self.limit: StepLimit | None = None
+        if run.config.run.roofline:
+            shape = describe_model(run.model, read_config(run.config.model.path))
+            self.limit = StepLimit(shape, probe_machine(self.distributed.device, run.model.dtype))
         self.sampling = SamplingParams(
             self.grpo.max_completion_length, self.grpo.temperature, self.grpo.top_k, self.grpo.top_p
         )
@@ -90,7 +96,7 @@ class GRPOTrainer:
                 tokens = self._see(self.reference, visual.videos) if visual.is_trained else visual.detached
                 batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
         metrics = {**self._optimize(batch, steps, visual), **summarise_rollout(self.distributed, batch)}
-        return {**metrics, "extra_groups": float(num_extra)}, rollout_rows(batch)
+        return {**metrics, "extra_groups": float(num_extra), **self._distance_to_limit(batch)}, rollout_rows(batch)
 
     def close(self) -> None:
         """End what the reward functions run in."""
@@ -100,12 +106,14 @@ class GRPOTrainer:
         """Videos, completions, rewards and advantages of this rank's prompts. All ranks call it."""
         prompt_ids = [self.run.tokens[i].to(self.distributed.device) for i in update.indices]
         with self.timer.phase("vision"):
-            visual = VisualTokens(self.distributed, self.run.encode(update.pixels))
+            pixels = self.run.fill(update.pixels)
+            visual = VisualTokens(self.distributed, self.run.encode(pixels))
         with self.timer.phase("rollout"), self.distributed.gathered_parameters():
             prompt_lengths = self._measure_prompts(update.samples, prompt_ids, visual.detached)
             rollout = self._roll_out(prompt_ids, visual.detached, update.keys)
         with self.timer.phase("reward"):
-            batch = self._score(update, prompt_ids, prompt_lengths, rollout)
+            shapes = [tuple(frames.shape) for frames in pixels]
+            batch = self._score(update, prompt_ids, prompt_lengths, shapes, rollout)
             self._weigh(batch, update.step)
         return batch, visual
 
@@ -155,7 +163,12 @@ class GRPOTrainer:
         return rollout
 
     def _score(
-        self, update: Update[Sample], prompt_ids: list[torch.Tensor], prompt_lengths: list[int], rollout: Rollout
+        self,
+        update: Update[Sample],
+        prompt_ids: list[torch.Tensor],
+        prompt_lengths: list[int],
+        pixel_shapes: list[tuple[int, ...]],
+        rollout: Rollout,
     ) -> Batch:
         """Rewards of this rank's completions; their advantages are set by `_weigh`."""
         group = self.grpo.num_generations
@@ -168,6 +181,7 @@ class GRPOTrainer:
             samples=update.samples,
             prompt_ids=prompt_ids,
             prompt_lengths=prompt_lengths,
+            pixel_shapes=pixel_shapes,
             is_valid=update.is_valid,
             rollout=rollout,
             lengths=rollout.completion_mask.sum(dim=1).tolist(),
@@ -285,6 +299,23 @@ class GRPOTrainer:
             corrects_sampler=self.grpo.sampler_correction != "none",
             check_values=self.check_values,
         )
+
+    def _distance_to_limit(self, batch: Batch) -> Metrics:
+        """Of the update's phases so far, mean over the ranks."""
+        if self.limit is None:
+            return {}
+        group, has_signal = self.grpo.num_generations, groups_with_signal(batch)
+        groups = [
+            GroupWork(length, tuple(batch.lengths[i * group : (i + 1) * group]), batch.pixel_shapes[i], has_signal[i])
+            for i, length in enumerate(batch.prompt_lengths)
+        ]
+        work = StepWork(
+            groups,
+            has_reference=self.reference is not None,
+            is_checkpointed=self.config.model.gradient_checkpointing,
+            num_ranks=self.distributed.world_size,
+        )
+        return mean_metrics(self.distributed.gather_objects(self.limit.metrics(work, self.timer.seconds)))
 
     def _normalizer(self, step: OptimizerStep) -> float:
         """The global denominator, of what the loss counts: its loss tokens or its completions; at least 1."""

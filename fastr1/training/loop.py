@@ -20,7 +20,7 @@ from fastr1.config import DataConfig, TrainConfig, save_config
 from fastr1.data.ledger import BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.evaluation.multiple_choice import summarise_answers
-from fastr1.models import Processor, VideoLanguageModel, load_model, load_processor
+from fastr1.models import Processor, VideoLanguageModel, apply_liger, load_model, load_processor
 from fastr1.models.devices import resolve_device
 from fastr1.reporting.run_log import RunLogger
 from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
@@ -196,8 +196,7 @@ class TrainingRun(Generic[S]):
                 save_config(self.config, self.output_dir / "config.json")
         self.bad_data.begin()
         with agreement(self.distributed):
-            log = RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
-        return log
+            return RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
 
     def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
         """Every remaining update; returns the checkpoint if asked to stop before the last."""
@@ -271,21 +270,20 @@ class TrainingRun(Generic[S]):
             summary = summarise_answers([answer for answers, _ in shares for answer in answers], evaluator.num_rows)
         return {f"eval/{name}": value for name, value in summary.items()}
 
-    def encode(self, pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Vision features per sample, or pixel values where the tower is trained and the forward encodes them.
+    def fill(self, pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Blank frames in the place of a skipped video, whose sample must count in no loss or metric, so that every
+        rank takes the same number of steps."""
+        blank = self.processor.blank_pixels(max(self.config.data.num_frames, 1)).to(self.distributed.device)
+        return [blank if frames is None else frames for frames in pixels]
 
-        Blank frames stand in for a skipped video, whose sample must count in no loss or metric, so that every rank
-        takes the same number of steps. All ranks call it.
-        """
-        filled = [self._blank() if frames is None else frames for frames in pixels]
+    def encode(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Vision features per sample, or pixel values where the tower is trained and encodes them with a graph. All
+        ranks call it."""
         if "vision_tower" not in self.config.model.freeze:
-            return filled
+            return list(pixels)
         with torch.no_grad():
-            features: list[torch.Tensor] = self.distributed(lambda model: [model.encode(frames) for frames in filled])
+            features: list[torch.Tensor] = self.distributed(lambda model: [model.encode(frames) for frames in pixels])
         return features
-
-    def _blank(self) -> torch.Tensor:
-        return self.processor.blank_pixels(max(self.config.data.num_frames, 1)).to(self.distributed.device)
 
     def _resume(self) -> tuple[int, Path | None]:
         """Restores everything from the checkpoint named in the configuration, if any: updates done, and its folder."""
@@ -318,6 +316,7 @@ def load_policy(config: TrainConfig) -> VideoLanguageModel:
     """The model to train, its frozen parts without gradient."""
     settings = config.model
     model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
+    apply_liger(model.decoder, settings.use_liger_kernel)
     model.freeze(settings.freeze)
     model.packed_attn_implementation = settings.packed_attn_implementation
     if settings.gradient_checkpointing:

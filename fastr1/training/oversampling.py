@@ -58,6 +58,7 @@ def refill(batch: Batch, more: Batch, chosen: Sequence[int], pad_token_id: int) 
         samples=prompts("samples"),
         prompt_ids=prompts("prompt_ids"),
         prompt_lengths=prompts("prompt_lengths"),
+        pixel_shapes=prompts("pixel_shapes"),
         is_valid=prompts("is_valid"),
         rollout=_refill_rollout(batch.rollout, more.rollout, rows, pad_token_id),
         lengths=completions("lengths"),

@@ -9,6 +9,7 @@ change in between. Compared by content:
     model.path                        the resolved path; of every file in it the name, the size and 17 blocks of 64 KiB,
                                       which differ when weights were trained again
     reward.functions                  SHA-256 of the module of every function that is not built in
+    model.use_liger_kernel            whether null stands for true on this machine
     data.backend                      also the decoder that "auto" stands for on this machine
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 from fastr1.config import TrainConfig, config_to_dict, without_auto
 from fastr1.models.devices import resolve_device, resolve_dtype
+from fastr1.models.liger import resolve_liger
 from fastr1.schema import Sample, SftSample
 from fastr1.training.checkpoint import engine_settings
 from fastr1.video import describe_backend
@@ -35,6 +37,7 @@ MAY_CHANGE = (
     "run.allow_changed",
     "run.logging_steps",
     "run.report_to",
+    "run.roofline",
     "run.save_steps",
     "run.save_minutes",
     "run.save_total_limit",
@@ -68,6 +71,7 @@ def run_settings(
         "data.video_root": _digest_clips(samples, Path(data.video_root)),
         "data.eval_file": None if data.eval_file is None else _digest_file(Path(data.eval_file)),
         "data.backend": f"{data.backend}: {describe_backend(data.backend).split()[0]}",
+        "model.use_liger_kernel": resolve_liger(config.model.use_liger_kernel, device),
         "model.path": f"{Path(config.model.path).resolve()}, {_digest_folder(Path(config.model.path))}",
         **({} if config.task == "sft" else {"reward.functions": [_with_source(f) for f in config.reward.functions]}),
         "prompts per update": prompts_per_update,

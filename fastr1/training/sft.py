@@ -54,7 +54,7 @@ class SftTrainer:
         """One update on this rank's share of the samples. Returns metrics of all ranks."""
         distributed, timer, device = self.distributed, self.run.timer, self.distributed.device
         with timer.phase("vision"):
-            visual = VisualTokens(distributed, self.run.encode(update.pixels))
+            visual = VisualTokens(distributed, self.run.encode(self.run.fill(update.pixels)))
         num_samples = distributed.sum_across_ranks(torch.tensor(float(sum(update.is_valid)))).item()
         if num_samples == 0:
             reasons = self.run.output_dir / BAD_SAMPLES_FILE

@@ -188,7 +188,7 @@ def make_config(world: Path, output_dir: Path, **changes: Any) -> TrainConfig:
             max_steps=2,
             per_device_train_batch_size=4,
         ),
-        run=RunConfig(output_dir=str(output_dir), report_to=("jsonl",)),
+        run=RunConfig(output_dir=str(output_dir), report_to=("jsonl",), roofline=False),
     )
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():

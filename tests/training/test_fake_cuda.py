@@ -168,7 +168,7 @@ def fake_run(request: pytest.FixtureRequest, tokenizer: Any, monkeypatch: pytest
             tokens=[(mode.from_tensor(prompt), mode.from_tensor(answer)) for prompt, answer in examples],
         )
         run.encode = lambda pixels: TrainingRun.encode(run, pixels)  # type: ignore[arg-type]
-        run._blank = lambda: TrainingRun._blank(run)  # type: ignore[arg-type]
+        run.fill = lambda pixels: TrainingRun.fill(run, pixels)  # type: ignore[arg-type]
         yield run
 
 
@@ -212,6 +212,7 @@ def batch_of(run: Any, visual: VisualTokens) -> Batch:
         samples=[Sample(str(i), problem(i), "ABC", "A", Path("none.mp4"), "toy") for i in range(NUM_PROMPTS)],
         prompt_ids=prompts,
         prompt_lengths=run.model.prompt_lengths(prompts, visual.detached),
+        pixel_shapes=[(NUM_FRAMES, 3, 28, 28)] * NUM_PROMPTS,
         is_valid=[True, False],
         rollout=rollout,
         lengths=[length] * rows,
@@ -233,7 +234,7 @@ def batch_of(run: Any, visual: VisualTokens) -> Batch:
 )
 def test_grpo_reference_loss_and_backward(fake_run: Any, changes: dict[str, Any]) -> None:
     trainer = grpo_trainer(fake_run, optim__per_device_train_batch_size=1, **changes)
-    visual = VisualTokens(fake_run.distributed, fake_run.encode([pixels(fake_run), None]))
+    visual = VisualTokens(fake_run.distributed, fake_run.encode(fake_run.fill([pixels(fake_run), None])))
     batch = batch_of(fake_run, visual)
     steps = plan_steps(batch, fake_run.distributed, prompts_per_step=NUM_PROMPTS, max_tokens=1000)
     batch.ref_logps = trainer._compute_logps(fake_run.model, batch, steps, visual.detached)
@@ -250,7 +251,9 @@ def test_a_draw(fake_run: Any, temperature: float) -> None:
     model, params = fake_run.model, SamplingParams(1, temperature, top_k=5, top_p=0.9)
     prompts = [ids.to(fake_run.device) for ids in fake_run.prompts]
     with torch.no_grad():
-        embeds, mask = model.embed_prompts(prompts, model.visual_tokens(fake_run.encode([pixels(fake_run), None])))
+        embeds, mask = model.embed_prompts(
+            prompts, model.visual_tokens(fake_run.encode(fake_run.fill([pixels(fake_run), None])))
+        )
         _, hidden = model.prefill(embeds, mask, GROUP)
         keys = completion_keys(0, range(NUM_PROMPTS), GROUP).to(fake_run.device)
         logits = model.project(hidden)[:, -1].float()

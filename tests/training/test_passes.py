@@ -76,6 +76,7 @@ def make_batch(model: VideoLanguageModel, processor: Processor, groups: list[lis
         samples=[Sample(str(i), problem(i), "ABC", "A", Path("none"), "toy") for i in range(len(groups))],
         prompt_ids=prompts,
         prompt_lengths=model.prompt_lengths(prompts, [t.detach() for t in model.visual_tokens(videos)]),
+        pixel_shapes=[tuple(video.shape) for video in videos],
         is_valid=[True] * len(groups),
         rollout=rollout,
         lengths=lengths,

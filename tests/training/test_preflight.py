@@ -46,6 +46,12 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reward__functions": ("no_such_module:f",)}, RewardError, "put the folder of 'no_such_module' on PYTHONPATH"),
         ({"reward__functions": ("trainer_toys:vowel",)}, RewardError, "'trainer_toys' has no function 'vowel'"),
         ({"model__attn_implementation": "spda"}, ConfigError, "attn_implementation is 'spda'.* did you mean 'sdpa'"),
+        pytest.param(
+            {"model__use_liger_kernel": True, "data__train_file": "nope.jsonl"},  # known before any data is read
+            ConfigError,
+            "model.use_liger_kernel is True, which needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ({"model__path": "nowhere"}, ModelFileError, r"nowhere/config\.json: not found; point model\.path"),
         ({"deepspeed": {"zero_optimisation": {}}}, ConfigError, "deepspeed.zero_optimisation is .*'zero_optimization'"),
         ({"run__resume_from_checkpoint": "last"}, CheckpointError, "no complete checkpoint in"),

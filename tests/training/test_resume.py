@@ -68,6 +68,8 @@ def test_every_setting_is_compared_unless_it_may_change(world: Path, tmp_path: P
             name = f"{section}.{field.name}"
             if name in ("data.train_file", "data.video_root", "data.eval_file", "data.backend", "model.dtype"):
                 continue
+            if name == "model.use_liger_kernel":  # only a GPU can have another one
+                continue
             value = other_value(getattr(getattr(config, section), field.name))
             changed = make_config(world, tmp_path, **{**COSINE, f"{section}__{field.name}": value})
             if settings_of(changed) == before:
@@ -147,6 +149,17 @@ def test_the_decoder_that_auto_stands_for_is_compared(
         monkeypatch.setattr(fastr1.training.resume, "describe_backend", lambda backend, text=decoder: text)
         found.append(settings_of(make_config(world, tmp_path, data__backend="auto"))["data.backend"])
     assert found == ["auto: torchcodec", "auto: torchcodec", "auto: pyav"]
+
+
+def test_the_layers_that_null_stands_for_are_compared(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(setting: bool | None) -> bool:
+        return settings_of(make_config(world, tmp_path, model__use_liger_kernel=setting))["model.use_liger_kernel"]
+
+    assert [used(None), used(False)] == [torch.cuda.is_available(), False]
+    monkeypatch.setattr(fastr1.training.resume, "resolve_liger", lambda setting, device: setting is not False)
+    assert [used(None), used(True), used(False)] == [True, True, False]
 
 
 def test_a_reward_function_that_was_edited_is_noticed(

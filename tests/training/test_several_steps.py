@@ -253,3 +253,14 @@ def test_sampler_correction_changes_the_update_where_the_sampler_differs(world: 
     (row,) = metrics_of(tmp_path / "truncate")
     assert 0 < row["sampler_weight"] < 1
     assert any(not torch.equal(updates["none"][key], value) for key, value in updates["truncate"].items())
+
+
+def test_distance_to_the_limit_is_reported_for_every_phase(world: Path, tmp_path: Path) -> None:
+    run_grpo(make_config(world, tmp_path, optim__max_steps=1, grpo__beta=0.1, run__roofline=True))
+    (row,) = metrics_of(tmp_path)
+    for name in ("vision", "rollout", "reference", "train", "optimizer", "step"):
+        assert row[f"roofline/{name}"] > 0
+    assert 0 < row["mfu/train"] < 1
+    assert row["rollout_tokens_per_second"] > 0
+    run_grpo(make_config(world, tmp_path / "without", optim__max_steps=1))
+    assert not any(name.startswith(("roofline", "mfu")) for name in metrics_of(tmp_path / "without")[0])
