@@ -133,7 +133,9 @@ ROOMS: dict[str, set[str]] = {
     "roofline": {"reporting", "models"},
     "rollout": {"config", "schema", "models"},
     "evaluation": {"config", "schema", "data", "video", "rewards", "models", "rollout"},
-    "training": {"config", "schema", "data", "video", "rewards", "reporting", "models", "rollout", "evaluation"},
+    "training": {
+        *("config", "schema", "data", "video", "rewards", "reporting", "models", "roofline", "rollout", "evaluation")
+    },
     "check_data": {"config", "schema", "workers", "data", "video", "models"},
     "doctor": {"config", "video", "models", "roofline", "training"},
     "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
@@ -173,6 +175,7 @@ def test_rooms_import_in_one_direction() -> None:
 ONE_IMPORTER = {
     "deepspeed": "fastr1/training/distributed.py",
     "PIL": "fastr1/video/resize.py",
+    "flash_attn_interface": "fastr1/models/packed_backends/flash_attn_3.py",
     "liger_kernel": "fastr1/models/liger.py",
     "matplotlib": "fastr1/reporting/curves.py",
     "safetensors": "fastr1/models/tinyllava/checkpoint.py",

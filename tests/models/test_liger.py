@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 from transformers.models.qwen3_vl import Qwen3VLTextConfig, Qwen3VLTextModel
+from twin_toys import Forward, packed_logits, padded_logits
 
 from fastr1.config import ConfigError
 from fastr1.models import liger
@@ -287,8 +288,8 @@ def test_the_model_to_train_has_what_the_configuration_says(
     assert changed == (expected if is_used else set())
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
-def test_a_whole_model_gives_the_same_logits_and_gradients(share_prefix: bool, kernel_device: str) -> None:
+@pytest.mark.parametrize("forward", [packed_logits, padded_logits])
+def test_a_whole_model_gives_the_same_logits_and_gradients(forward: Forward, kernel_device: str) -> None:
     results = []
     for is_used in (False, True):
         model = build_model(build_tokenizer()).to(kernel_device)
@@ -302,7 +303,7 @@ def test_a_whole_model_gives_the_same_logits_and_gradients(share_prefix: bool, k
             torch.tensor([7, 8, 9, -200], device=kernel_device),
         ]
         videos = [torch.full((4, 3, 28, 28), value, device=kernel_device) for value in (0.2, 0.4)]
-        logits = model(prompts, videos, completions, mask, share_prefix)
+        logits = forward(model, prompts, videos, completions, mask)
         (logits.log_softmax(-1)[..., 3] * mask).sum().backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append({"logits": logits.detach()[mask], **grads})

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer_toys import build_model, build_tokenizer
 
 from fastr1.models import build_model as build_from_config
+from fastr1.models.packed_layout import PackedLayout
 from fastr1.roofline import (
     Cost,
     GroupWork,
@@ -210,31 +211,33 @@ def test_a_completion_without_tokens_is_refused(lengths: tuple[int, ...]) -> Non
         GroupWork(PROMPT, lengths, VIDEO)
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
-def test_formulas_agree_with_what_torch_counts(share_prefix: bool) -> None:
-    """On a real forward and backward pass, with completions of one length, as padding would count too."""
+@pytest.mark.parametrize("shares_prefix", [False, True])
+def test_formulas_agree_with_what_torch_counts(shares_prefix: bool) -> None:
+    """On a real forward pass, with completions of one length, as padding would count too."""
     model = build_model(build_tokenizer())
     model.config.text._attn_implementation = "eager"  # attention in products that torch counts
-    model.vision_tower.requires_grad_(False)
+    model.packed_attn_implementation = "eager"
     shape = describe_model(model, model.config.raw)
     prompt, completions = torch.tensor([5, 6, -200, 7]), torch.randint(3, 250, (3, 6))
-    video = torch.zeros(4, 3, 28, 28)
     length, inner = 3 + model.config.num_queries, 5
-    forward = shape.forward_flops(length, [6] * 3, shares_prefix=share_prefix)
+    forward = shape.forward_flops(length, [6] * 3, shares_prefix=shares_prefix)
+    tokens, mask = torch.zeros(model.config.num_queries, 32), torch.ones(3, 6, dtype=torch.bool)
     with FlopCounterMode(display=False) as counter:
-        model([prompt], [video], completions, torch.ones(3, 6, dtype=torch.bool), share_prefix)
+        if shares_prefix:
+            layout = PackedLayout([length], [[inner] * 3])
+            model.project(model.completion_states([prompt], [tokens], completions[:, :-1].flatten(), layout))
+        else:
+            model.padded_logits([prompt], [tokens], completions, mask)
     counts = counter.get_flop_counts()
-    decoder, head = counts["TinyLlavaVideo.language_model.model"], counts["TinyLlavaVideo.language_model.lm_head"]
-    rotation = sum(counts["TinyLlavaVideo.language_model.model.rotary_emb"].values())
-    products = {str(op).rpartition(".")[2]: flops for op, flops in decoder.items()}
-    gemm = products.pop("mm") + products.pop("addmm") + sum(head.values())
-    assert set(products) == {"bmm"}
-    assert gemm == forward.gemm
-    # Eager attention computes what causality hides: whole squares, of which the formula has half.
-    hidden = (1 if share_prefix else 3) * length**2 / 2 + 3 * inner**2 / 2
-    if not share_prefix:
-        hidden += 3 * length * inner
-    assert products["bmm"] - rotation == forward.attention + shape.attention_flops(hidden)
+    rotation = sum(counts["Qwen2Model.rotary_emb"].values())
+    products = {str(op).rpartition(".")[2]: flops for op, flops in counts["Global"].items()}
+    assert products["mm"] + products["addmm"] == forward.gemm
+    assert set(products) == {"bmm", "mm", "addmm"}
+    # Eager attention computes what nobody sees: whole squares, of which the formula has half; packed, everything.
+    seen = (1 if shares_prefix else 3) * length**2 / 2 + 3 * inner**2 / 2 + 3 * length * inner
+    assert forward.attention == shape.attention_flops(seen)
+    computed = (length + 3 * inner) ** 2 if shares_prefix else 3 * (length + inner) ** 2
+    assert products["bmm"] - rotation == shape.attention_flops(computed)
 
 
 def test_backward_agrees_with_what_torch_counts() -> None:

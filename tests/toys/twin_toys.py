@@ -36,7 +36,7 @@ def packed_logits(
     """The same of the packed forward; zeros where the mask is False."""
     tokens = model.visual_tokens(videos)
     rows, width = completion_ids.shape
-    out = torch.zeros(rows * width, model.layout.vocab_size, dtype=model.dtype)
+    out = torch.zeros(rows * width, model.layout.vocab_size, dtype=model.dtype, device=model.device)
     for micro_batch in pack(model, prompts, tokens, mask, max_tokens):
         places = micro_batch.places(width, completion_ids.device)
         inputs = micro_batch.places(width, completion_ids.device, inputs=True)

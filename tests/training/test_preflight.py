@@ -43,7 +43,11 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "error", "message"),
     [
         ({"reward__functions": ("think_fromat",)}, RewardError, "did you mean 'think_format'"),
-        ({"reward__functions": ("no_such_module:f",)}, RewardError, "put the folder of 'no_such_module' on PYTHONPATH"),
+        (
+            {"reward__functions": ("no_such_module:f",)},
+            RewardError,
+            "start in the folder of 'no_such_module' or put that on PYTHONPATH",
+        ),
         ({"reward__functions": ("trainer_toys:vowel",)}, RewardError, "'trainer_toys' has no function 'vowel'"),
         ({"model__attn_implementation": "spda"}, ConfigError, "attn_implementation is 'spda'.* did you mean 'sdpa'"),
         pytest.param(
