@@ -173,6 +173,7 @@ ONE_IMPORTER = {
     "deepspeed": "fastr1/training/distributed.py",
     "PIL": "fastr1/video/resize.py",
     "matplotlib": "fastr1/reporting/curves.py",
+    "flash_attn_interface": "fastr1/models/packed_backends/flash_attn_3.py",
     "safetensors": "fastr1/models/tinyllava/checkpoint.py",
     "torchcodec": "fastr1/video/torchcodec_backend.py",
 }

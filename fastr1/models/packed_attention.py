@@ -9,9 +9,9 @@ In the backward each part's ordinary flash backward is called with the merged ou
 probabilities exp(score − lse) from them and the row sums of grad·output, so the gradients are exact and merely added.
 Keys and values of a prompt are neither copied nor read once per completion.
 
-Multiplications, forward, with H heads of size d and prompts of P tokens with completions of R_g input tokens:
-4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g) operations as torch's counter sees them, causal squares counted in full; the
-backward 2.5 times that, as it computes the scores again.
+FLOPs of the forward, with H heads of size d and prompts of P tokens whose completions have R_g input tokens:
+4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g), as torch counts them: causal squares in full. The backward computes the scores again
+and takes 2.5 times that. Kernels for dense batches pad short P and R_g to a multiple of 16 (`packed_backends.batches`).
 """
 
 from __future__ import annotations
