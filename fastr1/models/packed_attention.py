@@ -9,9 +9,9 @@ In the backward each part's ordinary flash backward is called with the merged ou
 probabilities exp(score − lse) from them and the row sums of grad·output, so the gradients are exact and merely added.
 Keys and values of a prompt are neither copied nor read once per completion.
 
-Multiplications, forward, with H heads of size d and prompts of P tokens with completions of R_g input tokens:
-4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g) operations as torch's counter sees them, causal squares counted in full; the
-backward 2.5 times that, as it computes the scores again.
+FLOPs of the forward, with H heads of size d and prompts of P tokens whose completions have R_g input tokens:
+4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g), as torch counts them: causal squares in full. The backward computes the scores again
+and takes 2.5 times that. Kernels for dense batches pad short P and R_g to a multiple of 16 (`packed_backends.batches`).
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype
     Raises: ConfigError naming the setting and the remedy.
     """
     if setting not in CHOICES:
-        raise ConfigError(f"packed attention is {setting!r}, which is unknown; choose from {', '.join(CHOICES)}")
+        raise ConfigError(f"model.packed_attn_implementation is {setting!r}, which is unknown; choose from {', '.join(CHOICES)}")
     flash = _flash_attn_for(device, dtype)
     has_varlen = _is_half_on_gpu(device, dtype)
     dense = "efficient" if device.type == "cuda" else "sdpa"
@@ -189,7 +189,7 @@ def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype
         else:
             got = f"{dtype} on {device.type}".replace("torch.", "")
             needs = f"a GPU of compute capability 8.0 or later and model.dtype 'bfloat16', and got {got}"
-        raise ConfigError(f"packed attention is {setting!r}, which needs {needs}; use 'auto' or 'sdpa'")
+        raise ConfigError(f"model.packed_attn_implementation is {setting!r}, which needs {needs}; use 'auto' or 'sdpa'")
     if chosen not in _logged:
         _logged.add(chosen)
         logger.info("packed attention: %s", chosen)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fastr1.config import ConfigError
 from fastr1.models import packed_attention as module
 from fastr1.models.packed_attention import choose_packed_backend, packed_attention, visible
+from fastr1.models.packed_backends.batches import PaddedBatch, RunBatch, batches
 from fastr1.models.packed_layout import PackedLayout
 
 CPU = torch.device("cpu")
@@ -111,6 +112,16 @@ def test_flops_equal_the_formula() -> None:
     squares = 140**2 + 16**2 + 130**2 + 16**2 + 129**2 + 129**2
     prefixes = 140 * (130 + 3) + 9 * (129 + 129)
     assert counter.get_total_flops() == 3.5 * 4 * H * d * (squares + prefixes)
+
+
+def test_only_short_segments_of_unequal_lengths_are_padded() -> None:
+    layout = PackedLayout([5, 5, 140], [[3, 17, 17], [4], [129, 130]])
+    made = batches(layout.causal, CPU)
+    padded = [batch for batch in made if isinstance(batch, PaddedBatch)]
+    assert [(batch.shape, len(batch.rows)) for batch in padded] == [((4, 16), 5 + 5 + 3 + 4)]
+    runs = [batch.run for batch in made if isinstance(batch, RunBatch)]
+    assert sorted((run.num_segments, run.query_length) for run in runs) == [(1, 129), (1, 130), (1, 140), (2, 17)]
+    assert all(isinstance(batch, RunBatch) for batch in batches(layout.prefix, CPU))
 
 
 class Calls(TorchDispatchMode):
