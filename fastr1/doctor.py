@@ -130,6 +130,7 @@ def check_attention(config: TrainConfig) -> str:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fastr1.models import load_model, load_processor
+    from fastr1.models.packed_layout import PackedLayout
 
     class Watch(TorchDispatchMode):
         def __init__(self) -> None:
@@ -145,16 +146,19 @@ def check_attention(config: TrainConfig) -> str:
     path, settings = PACKAGE / "demo" / "base_model", config.model
     processor = load_processor(path)
     model = load_model(path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
+    model.packed_attn_implementation = settings.packed_attn_implementation
     prompts = [processor.prompt_ids(text, instruction="").to(model.device) for text in ("Which?", "Which way is it?")]
     completions = torch.ones(2, 3, dtype=torch.long, device=model.device)
     with Watch() as vision:
-        videos = [model.encode(processor.blank_pixels(8).to(model.device)) for _ in prompts]
-        embeds, mask = model.embed_prompts(prompts, model.visual_tokens(videos))
-    with Watch() as decoder:
-        cache, hidden = model.prefill(embeds, mask)
-        more = model.extend(completions, torch.cat([mask, completions], dim=1), cache)
-        (hidden.sum() + more.sum()).backward()
-    parts = {"decoder": decoder.seen, "vision": vision.seen}
+        tokens = model.visual_tokens([model.encode(processor.blank_pixels(8).to(model.device)) for _ in prompts])
+    with Watch() as sampling, torch.no_grad():
+        embeds, mask = model.embed_prompts(prompts, tokens)
+        cache, _ = model.prefill(embeds, mask)
+        model.extend(completions, torch.cat([mask, completions], dim=1), cache)
+    with Watch() as training:
+        layout = PackedLayout(model.prompt_lengths(prompts, tokens), [[3]] * 2)
+        model.completion_states(prompts, tokens, completions.flatten(), layout).sum().backward()
+    parts = {"training": training.seen, "sampling": sampling.seen, "vision": vision.seen}
     used = "; ".join(f"{name} {', '.join(seen) or 'products and softmax'}" for name, seen in parts.items())
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{settings.attn_implementation} in {dtype} on {model.device}: {used}"

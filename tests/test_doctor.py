@@ -76,7 +76,8 @@ def test_this_environment_is_described_truthfully(checks: dict[str, Check]) -> N
     assert re.fullmatch(r".+: \S+ TFLOP/s in matrix products, \S+ GB/s in copies", checks["speed"].detail)
     assert checks["attention"].ok, checks["attention"]
     assert re.match(
-        r"sdpa in (float32 on cpu|bfloat16 on cuda:0): decoder scaled_dot_product_\w+", checks["attention"].detail
+        r"sdpa in (float32 on cpu|bfloat16 on cuda:0): training \w+; sampling scaled_dot_product_\w+",
+        checks["attention"].detail,
     )
     assert not [check for check in checks.values() if not check.ok and not check.remedy]
 
@@ -119,7 +120,9 @@ def test_attention_and_decoder_are_those_of_the_configuration() -> None:
     config = TrainConfig(
         model=ModelConfig(attn_implementation="eager", dtype="bfloat16"), data=DataConfig(backend="pyav")
     )
-    assert re.match(r"eager in bfloat16 on \S+: decoder products and softmax; vision", doctor.check_attention(config))
+    assert re.match(
+        r"eager in bfloat16 on \S+: training \w+; sampling products and softmax; vision", doctor.check_attention(config)
+    )
     assert doctor.check_video(config.data.backend).startswith("pyav")
     with pytest.raises(Exception, match="flash"):
         doctor.check_attention(TrainConfig(model=ModelConfig(attn_implementation="flash_attention_nine")))

@@ -172,7 +172,7 @@ def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype
     Raises: ConfigError naming the setting and the remedy.
     """
     if setting not in CHOICES:
-        raise ConfigError(f"model.packed_attn_implementation is {setting!r}, which is unknown; choose from {', '.join(CHOICES)}")
+        raise ConfigError(f"model.packed_attn_implementation is {setting!r}; choose from {', '.join(CHOICES)}")
     flash = _flash_attn_for(device, dtype)
     has_varlen = _is_half_on_gpu(device, dtype)
     dense = "efficient" if device.type == "cuda" else "sdpa"

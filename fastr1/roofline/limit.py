@@ -29,7 +29,7 @@ class StepLimit:
         """How well the time was used that `PhaseTimer.pop_seconds` reports, all as shares of 1 but the rates.
 
         roofline/<phase>      least time over time, of each phase that was timed and has work
-        roofline/step         the same of all phases, over all time but evaluation and checkpoints
+        roofline/step         the same of all phases, over all timed phases but evaluation and checkpoints
         mfu/train, mfu/step   FLOPs that the results need, over time × rate of matrix products; none counts twice for
                               being recomputed, and a prompt that is forwarded once counts once
         bandwidth/rollout     bytes of prefill and decode over time × rate of memory
@@ -52,7 +52,7 @@ class StepLimit:
             metrics["mfu/step"] = sum(cost.model_flops for cost in costs.values()) / (total * rate)
         if taken := phases["train"]:
             metrics["mfu/train"] = costs["train"].model_flops / (taken * rate)
-            metrics["train_tokens_per_second"] = _num_forwarded(work) / taken
+            metrics["train_tokens_per_second"] = work.num_iterations * _num_forwarded(work) / taken
         if taken := phases["rollout"]:
             moved = sum(float(cost.bytes.sum()) for cost in _costs_of("rollout", costs))
             metrics["bandwidth/rollout"] = moved / (taken * self.machine.bytes_per_second)

@@ -7,7 +7,7 @@ the optimizer. Activations are left out, and so is what ranks send to each other
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,9 @@ class GroupWork:
     prompt_length: int  # P, visual tokens included
     completion_lengths: tuple[int, ...]  # T of each of the G completions, end token included
     pixel_shape: tuple[int, ...]  # (F, 3, H, W)
-    is_trained: bool = True  # False: left out of the training and reference passes, as a group without signal is
+    trained_lengths: tuple[int, ...] | None = (
+        None  # of those in the training passes; None: all; (): of a group left out
+    )
 
     def __post_init__(self) -> None:
         if not self.completion_lengths or min(self.completion_lengths) < 1:
@@ -43,13 +45,21 @@ class StepWork:
 
     groups: Sequence[GroupWork]
     has_reference: bool  # grpo.beta is not 0
+    has_old_policy: bool = False  # log-probabilities before the first of several steps of the optimizer
+    num_iterations: int = 1  # training passes over the completions
+    num_steps: int = 1  # of the optimizer, in all of them
     shares_prefix: bool = True  # in the training and reference passes
     is_checkpointed: bool = False  # decoder layers run forward once more in the backward pass
     num_ranks: int = 1  # that share the state of the optimizer
 
     @property
     def trained(self) -> list[GroupWork]:
-        return [group for group in self.groups if group.is_trained]
+        """The groups of the training passes, with the completions that take part."""
+        return [
+            group if group.trained_lengths is None else replace(group, completion_lengths=group.trained_lengths)
+            for group in self.groups
+            if group.trained_lengths != ()
+        ]
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,16 @@ class Cost:
 
 
 def step_costs(model: ModelShape, work: StepWork) -> dict[str, Cost]:
-    """The cost of vision, prefill, decode, reference, train and optimizer."""
+    """The cost of vision, prefill, decode, old_policy, reference, train and optimizer."""
+    optimizer = optimizer_bytes(model.dtype_bytes) * model.num_trainable / work.num_ranks
     return {
         "vision": _vision(model, work),
         "prefill": _prefill(model, work),
         "decode": _decode(model, work),
-        "reference": _reference(model, work),
+        "old_policy": _scoring(model, work, work.has_old_policy),
+        "reference": _scoring(model, work, work.has_reference),
         "train": _train(model, work),
-        "optimizer": Cost.once(0.0, optimizer_bytes(model.dtype_bytes) * model.num_trainable / work.num_ranks),
+        "optimizer": Cost.once(0.0, optimizer * work.num_steps),
     }
 
 
@@ -133,26 +145,30 @@ def _alive(lengths: Sequence[int], weights: Sequence[float] | None = None) -> to
     return ends.flip(0).cumsum(0).flip(0)[2:]
 
 
-def _reference(model: ModelShape, work: StepWork) -> Cost:
-    """A forward pass of the frozen model."""
-    if not work.has_reference or not work.trained:
+def _scoring(model: ModelShape, work: StepWork, is_there: bool) -> Cost:
+    """A forward pass without gradient over what is trained on."""
+    if not is_there or not work.trained:
         return Cost.once(0.0, 0.0)
     return Cost.once(sum(forward.total for forward in _forwards(model, work)), model.weight_bytes)
 
 
 def _train(model: ModelShape, work: StepWork) -> Cost:
-    """Forward and backward; with checkpointing the layers once more. Each reads the weights; gradients are written."""
+    """Forward and backward; with checkpointing the layers once more. Each reads the weights; gradients are written.
+
+    Every iteration after the first makes the visual tokens again where a part they come from is trained.
+    """
     if not work.trained:
         return Cost.once(0.0, 0.0)
-    forwards = _forwards(model, work)
-    needed = sum(forward.total + model.backward_flops(forward) for forward in forwards)
-    needed += sum(model.visual(group.pixel_shape).backward for group in work.trained)
-    moved = 2 * model.weight_bytes + model.num_trainable * model.dtype_bytes
+    forwards, visual = _forwards(model, work), [model.visual(group.pixel_shape) for group in work.trained]
+    times = work.num_iterations
+    needed = times * sum(forward.total + model.backward_flops(forward) for forward in forwards)
+    needed += sum(times * video.backward + (times - 1) * video.forward for video in visual if video.backward)
+    moved = times * (2 * model.weight_bytes + model.num_trainable * model.dtype_bytes)
     if not work.is_checkpointed:
         return Cost.once(needed, moved)
     head = 2.0 * model.num_head * sum(sum(group.completion_lengths) for group in work.trained)
-    again = sum(forward.total for forward in forwards) - head
-    return Cost.once(needed + again, moved + model.num_body * model.dtype_bytes, again)
+    again = times * (sum(forward.total for forward in forwards) - head)
+    return Cost.once(needed + again, moved + times * model.num_body * model.dtype_bytes, again)
 
 
 def _forwards(model: ModelShape, work: StepWork) -> list[ForwardFlops]:

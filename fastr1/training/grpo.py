@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,6 +56,18 @@ def prepare_grpo(config: TrainConfig, stop: StopRequest | None = None) -> Traini
     return TrainingRun[Sample](config, load_questions, prompt_ids, stop)
 
 
+def group_work(batch: Batch, prompt: int) -> GroupWork:
+    """What one of the batch's groups costs."""
+    group = len(batch.lengths) // len(batch.samples)
+    rows = range(prompt * group, (prompt + 1) * group)
+    return GroupWork(
+        batch.prompt_lengths[prompt],
+        tuple(batch.lengths[row] for row in rows),
+        batch.pixel_shapes[prompt],
+        trained_lengths=tuple(batch.lengths[row] for row in rows if batch.has_signal[row]),
+    )
+
+
 class GRPOTrainer:
     """One GRPO update after another; `step` tells the story, the other methods are its chapters."""
 
@@ -80,7 +93,7 @@ class GRPOTrainer:
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the prompts. Returns metrics of all ranks and this rank's rollout rows."""
         batch, visual = self._sample(update)
-        batch, num_extra = self._replace_groups(update, batch, visual)
+        batch, dropped = self._replace_groups(update, batch, visual)
         steps = plan_steps(
             batch,
             self.distributed,
@@ -96,7 +109,9 @@ class GRPOTrainer:
                 tokens = self._see(self.reference, visual.videos) if visual.is_trained else visual.detached
                 batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
         metrics = {**self._optimize(batch, steps, visual), **summarise_rollout(self.distributed, batch)}
-        return {**metrics, "extra_groups": float(num_extra), **self._distance_to_limit(batch)}, rollout_rows(batch)
+        metrics["extra_groups"] = float(len(dropped) * self.distributed.world_size)
+        num_steps = len(steps) * self.grpo.num_iterations
+        return {**metrics, **self._distance_to_limit(batch, num_steps, dropped)}, rollout_rows(batch)
 
     def close(self) -> None:
         """End what the reward functions run in."""
@@ -117,24 +132,28 @@ class GRPOTrainer:
             self._weigh(batch, update.step)
         return batch, visual
 
-    def _replace_groups(self, update: Update[Sample], batch: Batch, visual: VisualTokens) -> tuple[Batch, int]:
+    def _replace_groups(
+        self, update: Update[Sample], batch: Batch, visual: VisualTokens
+    ) -> tuple[Batch, list[GroupWork]]:
         """Further prompts in the place of those whose completions teach nothing, until none is left or the tries are
-        used up; and how many were drawn, on all ranks, which draw alike."""
-        num_extra = 0
+        used up; and what was drawn in vain, as many groups as were drawn. All ranks draw alike."""
+        dropped: list[GroupWork] = []
         for attempt in range(1, self.grpo.max_num_gen_batches):
             missing = max(self.distributed.gather_objects(groups_with_signal(batch).count(False)))
             if missing == 0:
                 break
             further = self.run.updates.further(update.step, attempt, missing)
-            num_extra += missing * self.distributed.world_size
             if further.is_lost:
                 continue
             more, more_visual = self._sample(further)
             chosen = choose_groups(groups_with_signal(batch), groups_with_signal(more))
+            for source, first in ((batch, 0), (more, len(batch.samples))):
+                left = [i for i in range(len(source.samples)) if first + i not in chosen]
+                dropped += [replace(group_work(source, i), trained_lengths=()) for i in left]
             batch = refill(batch, more, chosen, self.run.processor.pad_token_id)
             visual.refill(more_visual, chosen)
             self._weigh(batch, update.step)
-        return batch, num_extra
+        return batch, dropped
 
     def _measure_prompts(
         self, samples: Sequence[Sample], prompt_ids: list[torch.Tensor], visual_tokens: list[torch.Tensor]
@@ -300,18 +319,16 @@ class GRPOTrainer:
             check_values=self.check_values,
         )
 
-    def _distance_to_limit(self, batch: Batch) -> Metrics:
+    def _distance_to_limit(self, batch: Batch, num_steps: int, dropped: list[GroupWork]) -> Metrics:
         """Of the update's phases so far, mean over the ranks."""
         if self.limit is None:
             return {}
-        group, has_signal = self.grpo.num_generations, groups_with_signal(batch)
-        groups = [
-            GroupWork(length, tuple(batch.lengths[i * group : (i + 1) * group]), batch.pixel_shapes[i], has_signal[i])
-            for i, length in enumerate(batch.prompt_lengths)
-        ]
         work = StepWork(
-            groups,
+            [*(group_work(batch, i) for i in range(len(batch.samples))), *dropped],
             has_reference=self.reference is not None,
+            has_old_policy=batch.old_logps is not None,
+            num_iterations=self.grpo.num_iterations,
+            num_steps=num_steps,
             is_checkpointed=self.config.model.gradient_checkpointing,
             num_ranks=self.distributed.world_size,
         )

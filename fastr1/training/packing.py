@@ -99,12 +99,14 @@ def _divide(
     """The rows of a group in pieces that fit, with the tokens that each takes."""
     pieces: list[tuple[list[int], int]] = []
     for row in rows:
-        size = row_lengths[row] - 1
         check_fits(prompt_length, row_lengths[row], max_tokens)
-        if pieces and pieces[-1][1] + size <= max_tokens:
-            pieces[-1] = ([*pieces[-1][0], row], pieces[-1][1] + size)
-        else:
-            pieces.append(([row], prompt_length + size))
+        size = row_lengths[row] - 1
+        # the first piece with room: no two pieces fit together, which would have the prompt in one micro-batch twice
+        place = next((i for i, (_, taken) in enumerate(pieces) if taken + size <= max_tokens), len(pieces))
+        if place == len(pieces):
+            pieces.append(([], prompt_length))
+        piece, taken = pieces[place]
+        pieces[place] = ([*piece, row], taken + size)
     return pieces
 
 

@@ -13,6 +13,7 @@ from fastr1.config import DataConfig, RunConfig, TrainConfig
 from fastr1.models.attention import check_attention
 from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.models.liger import resolve_liger
+from fastr1.models.packed_attention import choose_packed_backend
 from fastr1.models.weights import check_weights
 from fastr1.rewards import build_scorer
 from fastr1.schema import DataError, Sample, SftSample
@@ -36,6 +37,7 @@ def check_run(config: TrainConfig) -> None:
     _check_used_folder(Path(config.run.output_dir), config.run.resume_from_checkpoint)
     check_weights(config.model.path)
     check_attention(config.model.attn_implementation, device, dtype)
+    choose_packed_backend(config.model.packed_attn_implementation, device, dtype)
     resolve_liger(config.model.use_liger_kernel, device)
     build_deepspeed_config(config.deepspeed, config.optim, dtype)
     if config.task == "grpo":

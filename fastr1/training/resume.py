@@ -11,6 +11,7 @@ change in between. Compared by content:
     reward.functions                  SHA-256 of the module of every function that is not built in
     model.use_liger_kernel            whether null stands for true on this machine
     data.backend                      also the decoder that "auto" stands for on this machine
+    model.packed_attn_implementation  also the attention that "auto" stands for
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from fastr1.config import TrainConfig, config_to_dict, without_auto
 from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.models.liger import resolve_liger
+from fastr1.models.packed_attention import choose_packed_backend
 from fastr1.schema import Sample, SftSample
 from fastr1.training.checkpoint import engine_settings
 from fastr1.video import describe_backend
@@ -64,6 +66,7 @@ def run_settings(
     if optim.lr_scheduler_type == "constant" and optim.warmup_ratio == 0:
         settings = {name: value for name, value in settings.items() if name not in _LENGTH}
     data, device = config.data, resolve_device()
+    dtype, packed = resolve_dtype(config.model.dtype, device), config.model.packed_attn_implementation
     stage = tree["deepspeed"].get("zero_optimization", {}).get("stage", 1)
     return {
         **settings,
@@ -71,11 +74,12 @@ def run_settings(
         "data.video_root": _digest_clips(samples, Path(data.video_root)),
         "data.eval_file": None if data.eval_file is None else _digest_file(Path(data.eval_file)),
         "data.backend": f"{data.backend}: {describe_backend(data.backend).split()[0]}",
+        "model.packed_attn_implementation": f"{packed}: {choose_packed_backend(packed, device, dtype)}",
         "model.use_liger_kernel": resolve_liger(config.model.use_liger_kernel, device),
         "model.path": f"{Path(config.model.path).resolve()}, {_digest_folder(Path(config.model.path))}",
         **({} if config.task == "sft" else {"reward.functions": [_with_source(f) for f in config.reward.functions]}),
         "prompts per update": prompts_per_update,
-        **engine_settings(num_processes, stage, resolve_dtype(config.model.dtype, device), device),
+        **engine_settings(num_processes, stage, dtype, device),
     }
 
 

@@ -288,7 +288,10 @@ def test_one_sample_per_completion_is_required() -> None:
         ({"mode": "papr"}, "reward.mode is 'papr'; choose from code, paper"),
         ({"base": float("inf")}, "reward.base is inf"),
         ({"max_think_chars": 0}, "reward.max_think_chars is 0"),
-        ({"functions": ("no_such_module_here:f",)}, "put the folder of 'no_such_module_here' on PYTHONPATH"),
+        (
+            {"functions": ("no_such_module_here:f",)},
+            "start in the folder of 'no_such_module_here' or put that on PYTHONPATH",
+        ),
         ({"functions": ("user_rewards:lenght",)}, "has no function 'lenght' (did you mean 'length'?)"),
         ({"functions": ("user_rewards:CONSTANT",)}, "has no function 'CONSTANT'"),
         ({"functions": ("user_rewards:two",)}, "must accept (completions, solutions, samples)"),

@@ -114,6 +114,7 @@ def test_floor_of_each_phase_of_the_paper(paper: ModelShape) -> None:
         "vision": pytest.approx(13.6, abs=0.05),
         "prefill": pytest.approx(4.4, abs=0.05),
         "decode": pytest.approx(98, abs=0.5),
+        "old_policy": 0.0,
         "reference": pytest.approx(24, abs=0.5),
         "train": pytest.approx(72, abs=0.5),
         "optimizer": pytest.approx(2.6, abs=0.05),
@@ -167,7 +168,7 @@ def test_decode_counts_who_is_alive(paper: ModelShape) -> None:
 
 
 def test_groups_left_out_are_drawn_and_not_trained(paper: ModelShape) -> None:
-    whole, dull = GroupWork(PROMPT, LENGTHS, VIDEO), GroupWork(PROMPT, LENGTHS, VIDEO, is_trained=False)
+    whole, dull = GroupWork(PROMPT, LENGTHS, VIDEO), GroupWork(PROMPT, LENGTHS, VIDEO, trained_lengths=())
     both, one = (step_costs(paper, StepWork(groups, True)) for groups in ([whole, dull], [whole]))
     for name in ("reference", "train"):
         assert both[name].model_flops == one[name].model_flops > 0
@@ -203,6 +204,26 @@ def test_bytes_of_the_optimizer(paper: ModelShape) -> None:
 def test_a_phase_is_bound_by_the_slower_of_both_in_each_launch() -> None:
     cost = Cost(torch.tensor([10.0, 1.0]), torch.tensor([1.0, 10.0]))
     assert cost.floor_seconds(Machine("toy", 1.0, 2.0)) == 10 + 5
+
+
+def test_several_steps_cost_as_many_passes(paper: ModelShape) -> None:
+    group = GroupWork(PROMPT, LENGTHS, VIDEO)
+    once = step_costs(paper, StepWork([group], has_reference=False))
+    twice = step_costs(paper, StepWork([group], False, has_old_policy=True, num_iterations=2, num_steps=4))
+    again = paper.visual(VIDEO).forward
+    assert float(twice["train"].flops) == 2 * float(once["train"].flops) + again
+    assert float(twice["optimizer"].bytes) == 4 * float(once["optimizer"].bytes)
+    assert float(once["old_policy"].flops) == 0
+    reference = step_costs(paper, StepWork([group], has_reference=True))["reference"]
+    assert float(twice["old_policy"].flops) == float(reference.flops)
+
+
+def test_completions_left_out_of_training_are_only_drawn(paper: ModelShape) -> None:
+    some = GroupWork(PROMPT, LENGTHS, VIDEO, trained_lengths=LENGTHS[:2])
+    costs = step_costs(paper, StepWork([some], has_reference=False))
+    alone = step_costs(paper, StepWork([GroupWork(PROMPT, LENGTHS[:2], VIDEO)], has_reference=False))
+    assert float(costs["train"].flops) == float(alone["train"].flops)
+    assert float(costs["decode"].flops.sum()) > float(alone["decode"].flops.sum())
 
 
 @pytest.mark.parametrize("lengths", [(), (3, 0)])

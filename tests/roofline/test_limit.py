@@ -20,7 +20,7 @@ TOY = ModelShape(
     visual=lambda shape: VisualFlops(1000.0 * shape[0], 500.0),
 )
 MACHINE = Machine("toy", 1e6, 1e6)
-WORK = StepWork([GroupWork(8, (3, 5), (2, 3, 4, 4)), GroupWork(8, (2, 2), (2, 3, 4, 4), is_trained=False)], True)
+WORK = StepWork([GroupWork(8, (3, 5), (2, 3, 4, 4)), GroupWork(8, (2, 2), (2, 3, 4, 4), trained_lengths=())], True)
 
 
 def timed(**seconds: float) -> dict[str, float]:
@@ -30,6 +30,7 @@ def timed(**seconds: float) -> dict[str, float]:
 def test_a_step_at_its_limit_is_one_everywhere() -> None:
     limit = StepLimit(TOY, MACHINE)
     floor = limit.floor_seconds(WORK)
+    assert floor.pop("old_policy") == 0
     assert all(taken > 0 for taken in floor.values())
     rollout = floor.pop("prefill") + floor.pop("decode")
     total = sum(floor.values()) + rollout

@@ -39,6 +39,7 @@ def test_every_row_is_packed_once_within_the_budget(groups: list[tuple[int, list
     for batch in batches:
         assert batch.rows
         assert all(owner[row] == p for p, group in zip(batch.prompts, batch.groups, strict=True) for row in group)
+        assert len(set(batch.prompts)) == len(batch.prompts)
         assert batch.row_lengths == [lengths[row] for row in batch.rows]
         assert batch.prompt_lengths == tuple(prompt_lengths[p] for p in batch.prompts)
         size = sum(batch.prompt_lengths) + sum(batch.row_lengths) - len(batch.rows)
