@@ -88,6 +88,52 @@ class LoadingCase:
         return "loading.jsonl"
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpdateCase:
+    """An update, or a phase of one, of `num_prompts` prompts with `num_generations` completions of forced lengths.
+
+    `model` is "demo", the base model of the demo, or "full": Qwen2.5-3B, SigLIP-so400m and the connector between them,
+    with random weights. Prompts have `prompt_length` tokens with those of the video.
+    """
+
+    op: str  # "train", "reference", "update"
+    name: str
+    num_prompts: int
+    prompt_length: int
+    mean_length: float
+    max_length: int
+    num_generations: int = 8
+    beta: float = 0.0
+    model: str = "demo"
+    dtype: str = "float32"
+    num_frames: int = 8
+    num_queries: int = 32  # tokens of a video
+    num_groups: int = 8  # of the connector
+    checkpointing: bool = False
+    dead: float = 0.0
+    cold: bool = False
+    frozen: bool = False
+
+    @property
+    def label(self) -> str:
+        sizes = f"{self.num_prompts} × {self.prompt_length:,} + {self.num_prompts} × {self.num_generations}"
+        lengths = f"{self.mean_length:g} tokens, longest {self.max_length}"
+        return f"{self.op}, {self.name}: {sizes} × {lengths}, beta {self.beta:g}, {self.dtype}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        names = ("name", "model", "num_prompts", "prompt_length", "num_generations", "mean_length", "max_length")
+        return {name: getattr(self, name) for name in (*names, "num_frames", "beta", "checkpointing")}
+
+    @property
+    def results(self) -> str:
+        return "step.jsonl"
+
+
 def cases_of(op: str, full: bool) -> list[Any]:
     """The cases of an operation on the device there is; `full` for all of them on a GPU."""
     if op == "load_pixels":
