@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from update_shapes import UPDATE_OPS, UpdateCase, update_cases, update_target_ms
 
 HEADS = {  # name → (D, V)
     "Qwen2.5-0.5B cut to 32,768": (896, 32_768),
@@ -88,54 +89,10 @@ class LoadingCase:
         return "loading.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpdateCase:
-    """An update, or a phase of one, of `num_prompts` prompts with `num_generations` completions of forced lengths.
-
-    `model` is "demo", the base model of the demo, or "full": Qwen2.5-3B, SigLIP-so400m and the connector between them,
-    with random weights. Prompts have `prompt_length` tokens with those of the video.
-    """
-
-    op: str  # "train", "reference", "update"
-    name: str
-    num_prompts: int
-    prompt_length: int
-    mean_length: float
-    max_length: int
-    num_generations: int = 8
-    beta: float = 0.0
-    model: str = "demo"
-    dtype: str = "float32"
-    num_frames: int = 8
-    num_queries: int = 32  # tokens of a video
-    num_groups: int = 8  # of the connector
-    checkpointing: bool = False
-    dead: float = 0.0
-    cold: bool = False
-    frozen: bool = False
-
-    @property
-    def label(self) -> str:
-        sizes = f"{self.num_prompts} × {self.prompt_length:,} + {self.num_prompts} × {self.num_generations}"
-        lengths = f"{self.mean_length:g} tokens, longest {self.max_length}"
-        return f"{self.op}, {self.name}: {sizes} × {lengths}, beta {self.beta:g}, {self.dtype}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        names = ("name", "model", "num_prompts", "prompt_length", "num_generations", "mean_length", "max_length")
-        return {name: getattr(self, name) for name in (*names, "num_frames", "beta", "checkpointing")}
-
-    @property
-    def results(self) -> str:
-        return "step.jsonl"
-
-
 def cases_of(op: str, full: bool) -> list[Any]:
     """The cases of an operation on the device there is; `full` for all of them on a GPU."""
+    if op in UPDATE_OPS:
+        return update_cases(op, full)
     if op == "load_pixels":
         return [LoadingCase(width=width, height=height) for width, height in VIDEO_SIZES]
     if not torch.cuda.is_available():
@@ -171,7 +128,9 @@ TARGETS_MS = {
 FIRST_CALL_TARGET = 1.3  # first call over steady calls, with a warm compilation cache
 
 
-def target_ms(case: Case | LoadingCase, device: str) -> float | None:
+def target_ms(case: Case | LoadingCase | UpdateCase, device: str) -> float | None:
+    if isinstance(case, UpdateCase):
+        return update_target_ms(case, device)
     if isinstance(case, LoadingCase):
         return None
     main = case.rows == 8192 and case.head == MAIN_HEAD and case.dtype == "bfloat16"

@@ -8,25 +8,57 @@ loss written out here.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import harness
 import torch
-from shapes import UpdateCase
-from torch import Tensor
+from clips import encode
+from shapes import LoadingCase
+from torch import Tensor, nn
+from update_shapes import UpdateCase
 
-from fastr1.config import PACKAGE
+from fastr1.config import PACKAGE, DataConfig
 from fastr1.models import VideoLanguageModel, load_model
 from fastr1.models.family import build_model
 from fastr1.models.tinyllava.prompts import IMAGE_TOKEN_INDEX
 from fastr1.schema import Batch, Rollout, Sample, Scored
+from fastr1.video import ClipPrefetcher, load_pixels, preprocess_frames
+from fastr1_kernels import group_advantages
 
 DEMO_MODEL = PACKAGE / "demo" / "base_model"
+
+
+class ClipFiles:
+    """MP4 files, encoded here, that are decoded ahead in threads over and over; removed with this object."""
+
+    def __init__(self, case: UpdateCase, side: int, num_threads: int) -> None:
+        assert case.video_size is not None
+        width, height = case.video_size
+        seconds = max(5, case.num_frames // 25 + 1)
+        self._clip = encode(LoadingCase(width=width, height=height, seconds=seconds, num_frames=case.num_frames))
+        data = DataConfig(num_frames=case.num_frames)
+        preprocess = partial(preprocess_frames, height=side, width=side)
+
+        def load(path: Path) -> Tensor:
+            return load_pixels(path, data, preprocess, harness.device())
+
+        paths = itertools.repeat(self._clip.path)
+        self._loading = ClipPrefetcher(load, paths, num_threads=num_threads, depth=2 * case.num_prompts)
+        self._finalizer = weakref.finalize(self, self._loading.close)
+
+    def take(self, number: int) -> list[Tensor]:
+        return [pixels for _, pixels in itertools.islice(self._loading, number)]
 
 
 @dataclass
@@ -36,17 +68,46 @@ class Work:
     case: UpdateCase
     model: VideoLanguageModel  # in training mode
     reference: VideoLanguageModel | None
-    videos: list[Tensor]  # B × pixels (F, 3, S, S)
+    videos: list[Tensor]  # B × pixels (F, 3, S, S); none: the prompts are text alone
     batch: Batch
-    ref_logps: Tensor | None = None  # (B·G·T,)
+    optimizer: torch.optim.Optimizer | None = None  # of a learning rate of 0: every call finds the same weights
+    clips: ClipFiles | None = None  # where the videos are read from in every update
     phases_ms: dict[str, float] = field(default_factory=dict)  # of the last call of a provider
 
     @property
     def normalizer(self) -> float:
         return float(sum(self.batch.lengths))
 
-    def rows_of(self, prompt: int) -> slice:
-        return slice(prompt * self.case.num_generations, (prompt + 1) * self.case.num_generations)
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+
+    def forget_gradients(self) -> None:
+        for p in self.trained.values():
+            p.grad = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to that phase."""
+        harness.synchronise()
+        start = time.perf_counter()
+        yield
+        harness.synchronise()
+        self.phases_ms[name] = self.phases_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    def load(self) -> list[Tensor]:
+        """The pixels of this update; those of the next one are decoded meanwhile, as in training."""
+        if self.clips is None:
+            return self.videos
+        with self.phase("wait for clips"):
+            return self.clips.take(self.case.num_prompts)
+
+    def rows_of(self, prompts: slice) -> slice:
+        """Rows of the completions of neighbouring prompts."""
+        return slice(prompts.start * self.case.num_generations, prompts.stop * self.case.num_generations)
 
 
 def completion_lengths(number: int, mean: float, longest: int) -> list[int]:
@@ -79,13 +140,16 @@ def draw_work(case: UpdateCase, model: VideoLanguageModel, videos: list[Tensor] 
     def ids(*shape: int) -> Tensor:
         return torch.randint(vocabulary, shape, generator=generator)
 
-    text_length = case.prompt_length - config.num_queries + 1
+    has_video = case.num_frames > 0
+    text_length = case.prompt_length - (config.num_queries - 1) * has_video
     prompts = [ids(text_length) for _ in range(B)]
-    for prompt in prompts:
-        prompt[text_length // 4] = IMAGE_TOKEN_INDEX
+    if has_video:
+        for prompt in prompts:
+            prompt[text_length // 4] = IMAGE_TOKEN_INDEX
     side = config.vision.image_size
     if videos is None:
-        videos = [torch.randn(case.num_frames, 3, side, side, generator=generator).to(device) for _ in range(B)]
+        shape = (case.num_frames, 3, side, side)
+        videos = [torch.randn(shape, generator=generator).to(device) for _ in range(B * has_video)]
     rollout = Rollout(
         ids(*mask.shape).masked_fill(~mask, 0).to(device),
         mask.to(device),
@@ -101,11 +165,16 @@ def draw_work(case: UpdateCase, model: VideoLanguageModel, videos: list[Tensor] 
         rollout=rollout,
         lengths=lengths,
         scored=Scored([0.0] * (B * G), {}),
-        advantages=torch.linspace(-1.6, 1.6, G).repeat(B).to(device),
+        advantages=group_advantages(rewards_of(case), G).float().to(device),
         is_counted=[True] * (B * G),
         has_signal=[True] * (B * G),
     )
     return Work(case, model.train(), None, videos, batch)
+
+
+def rewards_of(case: UpdateCase) -> Tensor:
+    """(B·G,), alike in every group."""
+    return torch.linspace(0, 2, case.num_generations).repeat(case.num_prompts)
 
 
 def make_model(case: UpdateCase) -> VideoLanguageModel:
@@ -122,6 +191,8 @@ def make_model(case: UpdateCase) -> VideoLanguageModel:
         finally:
             torch.set_default_dtype(default)
     model.freeze(["vision_tower"])
+    if case.checkpointing:
+        model.enable_gradient_checkpointing()
     return model
 
 
@@ -169,6 +240,6 @@ def copy_model(model: VideoLanguageModel) -> VideoLanguageModel:
     other = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator(model.device).manual_seed(harness.SEED)
     for parameter in other.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-        parameter += 0.02 * parameter.std() * noise if parameter.numel() > 1 else 0
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        parameter.add_(noise, alpha=0.02 * float(parameter.float().std(correction=0)))
     return other.eval()
