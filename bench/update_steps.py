@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from harness import UnavailableError
 from torch import Tensor
 from update_passes import (
     loss_arguments,
@@ -74,6 +75,8 @@ def update_original(work: Work) -> float:
     """The schedule of TinyLLaVA-Video-R1: one prompt after another, one completion after another; tower and connector
     once per completion in rollout, reference and policy pass; a row per completion; logits of all positions; eager
     attention."""
+    if not work.videos:
+        raise UnavailableError("asks about videos")
     batch, group = work.batch, work.case.num_generations
     pixels = work.load()
     total = 0.0

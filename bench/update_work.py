@@ -235,11 +235,13 @@ def full_size(case: UpdateCase) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def copy_model(model: VideoLanguageModel) -> VideoLanguageModel:
-    """A frozen one with other values of the same kind, as the reference is after some updates of the policy."""
-    other = copy.deepcopy(model).requires_grad_(False)
+    """A frozen one, whose values differ a little where the model is trained: as a reference after some updates."""
+    other = copy.deepcopy(model)
     generator = torch.Generator(model.device).manual_seed(harness.SEED)
-    for parameter in other.parameters():
+    trained = [parameter for parameter in other.parameters() if parameter.requires_grad]
+    for parameter in trained:
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
         parameter.add_(noise, alpha=0.02 * float(parameter.float().std(correction=0)))
-    return other.eval()
+    return other.requires_grad_(False).eval()
