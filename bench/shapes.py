@@ -89,6 +89,9 @@ class LoadingCase:
         return "loading.jsonl"
 
 
+AnyCase = Case | LoadingCase | UpdateCase
+
+
 def cases_of(op: str, full: bool) -> list[Any]:
     """The cases of an operation on the device there is; `full` for all of them on a GPU."""
     if op in UPDATE_OPS:
@@ -128,7 +131,7 @@ TARGETS_MS = {
 FIRST_CALL_TARGET = 1.3  # first call over steady calls, with a warm compilation cache
 
 
-def target_ms(case: Case | LoadingCase | UpdateCase, device: str) -> float | None:
+def target_ms(case: AnyCase, device: str) -> float | None:
     if isinstance(case, UpdateCase):
         return update_target_ms(case, device)
     if isinstance(case, LoadingCase):
