@@ -171,9 +171,7 @@ def measure(group: Group, name: str, make: Callable[[Any], Call], benchmark: Any
     return row
 
 
-def time_and_memory(
-    call: Call, row: dict[str, Any], case: AnyCase, benchmark: Any, rounds: int
-) -> list[float]:
+def time_and_memory(call: Call, row: dict[str, Any], case: AnyCase, benchmark: Any, rounds: int) -> list[float]:
     """Milliseconds of each round; the memory is that of a call before them, or of the only one where a call is slow."""
     times: list[float] = []
     if row["first_ms"] > SLOW_MS and "compile" not in row["provider"]:  # the first call of the others compiles nothing

@@ -214,8 +214,10 @@ def train_before(work: Work, videos: Sequence[Tensor]) -> float:
         rows = work.rows_of(prompts)
         ids, mask = padded(work, rows)
         given = work.batch.prompt_ids[prompts], videos[prompts]
-        logits = unshared_logits(work, *given, ids, mask) if work.case.checkpointing else before_logits(
-            work.model, *given, ids, mask
+        logits = (
+            unshared_logits(work, *given, ids, mask)
+            if work.case.checkpointing
+            else before_logits(work.model, *given, ids, mask)
         )
         out = grpo_loss(logits, ids, **loss_arguments(work, rows, mask))
         out.loss.backward()

@@ -79,7 +79,7 @@ def test_forced_lengths_have_the_mean_and_the_longest_of_the_case() -> None:
     for number, mean, longest in ((64, 28, 64), (64, 300, 512), (8, 300, 512), (8, 100, 100)):
         lengths = update_work.completion_lengths(number, mean, longest)
         assert (len(lengths), max(lengths)) == (number, longest)
-        assert sum(lengths) / number == pytest.approx(mean, abs=0.5)
+        assert sum(lengths) / number == pytest.approx(mean, abs=0.25)
         assert lengths == update_work.completion_lengths(number, mean, longest)
 
 
