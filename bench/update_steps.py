@@ -16,9 +16,9 @@ import torch
 from harness import UnavailableError
 from torch import Tensor
 from update_passes import (
-    loss_arguments,
     logps_before,
     logps_packed,
+    loss_arguments,
     padded,
     padded_states,
     see,
