@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import FIRST_CALL_TARGET, Case, LoadingCase, target_ms
+from shapes import FIRST_CALL_TARGET, AnyCase, target_ms
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +44,7 @@ class UnavailableError(Exception):
 class Group:
     """What the providers of one case share."""
 
-    case: Case | LoadingCase
+    case: AnyCase
     inputs: Any
     gold: Outputs
     scales: dict[str, float]  # what the error of an output is relative to
@@ -53,6 +53,11 @@ class Group:
     tolerance: float | None = None  # None: that of the dtype; ours is held to that one in any case
     rows: list[dict[str, Any]] = field(default_factory=list)
     spread: float | None = None
+
+    @property
+    def strict_tolerance(self) -> float:
+        """What ours is held to."""
+        return TOLERANCES[self.case.dtype]
 
     def errors(self, outputs: Outputs) -> dict[str, float]:
         if set(outputs) != set(self.gold):
@@ -141,7 +146,7 @@ def measure(group: Group, name: str, make: Callable[[Any], Call], benchmark: Any
         row["first_ms"] = 1e3 * (time.perf_counter() - start)
         row["errors"] = group.errors(outputs)
         del outputs
-        strict = TOLERANCES[group.case.dtype]
+        strict = group.strict_tolerance
         tolerance = strict if name.startswith("ours") else group.tolerance or strict
         row["match"] = all(e <= tolerance for e in row["errors"].values())
         if not row["match"]:
@@ -167,9 +172,7 @@ def measure(group: Group, name: str, make: Callable[[Any], Call], benchmark: Any
     return row
 
 
-def time_and_memory(
-    call: Call, row: dict[str, Any], case: Case | LoadingCase, benchmark: Any, rounds: int
-) -> list[float]:
+def time_and_memory(call: Call, row: dict[str, Any], case: AnyCase, benchmark: Any, rounds: int) -> list[float]:
     """Milliseconds of each round; the memory is that of a call before them, or of the only one where a call is slow."""
     times: list[float] = []
     compiles = "compile" in row["provider"]  # at the first call, which says nothing about the next
@@ -180,7 +183,7 @@ def time_and_memory(
     return timed(call, case, benchmark, max(2, min(rounds, int(SLOW_MS / times[0]))))
 
 
-def timed(call: Call, case: Case | LoadingCase, benchmark: Any, rounds: int) -> list[float]:
+def timed(call: Call, case: AnyCase, benchmark: Any, rounds: int) -> list[float]:
     """Milliseconds of each round, as pytest-benchmark measured them. The device is waited for inside."""
 
     def synchronised() -> None:
@@ -192,7 +195,7 @@ def timed(call: Call, case: Case | LoadingCase, benchmark: Any, rounds: int) -> 
     return [1e3 * t for t in stats.stats.data] if stats else [time_ms_once(call, case)]
 
 
-def time_ms_once(call: Call, case: Case | LoadingCase) -> float:
+def time_ms_once(call: Call, case: AnyCase) -> float:
     if case.cold:
         flush_cache()
     synchronise()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from update_shapes import UPDATE_OPS, UpdateCase, update_cases, update_target_ms
 
 HEADS = {  # name → (D, V)
     "Qwen2.5-0.5B cut to 32,768": (896, 32_768),
@@ -88,8 +89,13 @@ class LoadingCase:
         return "loading.jsonl"
 
 
+AnyCase = Case | LoadingCase | UpdateCase
+
+
 def cases_of(op: str, full: bool) -> list[Any]:
     """The cases of an operation on the device there is; `full` for all of them on a GPU."""
+    if op in UPDATE_OPS:
+        return update_cases(op, full)
     if op == "load_pixels":
         return [LoadingCase(width=width, height=height) for width, height in VIDEO_SIZES]
     if not torch.cuda.is_available():
@@ -125,7 +131,9 @@ TARGETS_MS = {
 FIRST_CALL_TARGET = 1.3  # first call over steady calls, with a warm compilation cache
 
 
-def target_ms(case: Case | LoadingCase, device: str) -> float | None:
+def target_ms(case: AnyCase, device: str) -> float | None:
+    if isinstance(case, UpdateCase):
+        return update_target_ms(case, device)
     if isinstance(case, LoadingCase):
         return None
     main = case.rows == 8192 and case.head == MAIN_HEAD and case.dtype == "bfloat16"

@@ -1,0 +1,150 @@
+"""Whole updates: clips, tower, rollout, reference, gradients, optimizer; without rewards and without DeepSpeed.
+
+The rollout draws as many tokens as the longest completion has, which is what a batch of them takes; then the case's own
+completions take their place, so that every provider computes the same gradients. The optimizer is AdamW with a learning
+rate of 0, its moments in the dtype of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from harness import UnavailableError
+from torch import Tensor
+from update_passes import (
+    logps_before,
+    logps_packed,
+    loss_arguments,
+    padded,
+    padded_states,
+    see,
+    train_before,
+    train_packed,
+)
+from update_work import Work
+
+from fastr1.models import VideoLanguageModel
+from fastr1.rollout import SamplingParams, sample_completions
+from fastr1_kernels import grpo_loss
+
+# Completions end by their length alone.
+ENDLESS: Any = SimpleNamespace(end_token_ids=(-1,), pad_token_id=0, decode=lambda ids: "")
+
+
+def update_packed(work: Work) -> float:
+    """As the trainer does it."""
+    model, batch = work.model, work.batch
+    pixels = work.load()
+    with work.phase("vision"):
+        features = [encode(model, video) for video in pixels]
+        visual = see(work, features)
+    with work.phase("rollout"):
+        sample(model, batch.prompt_ids, visual.detached, max(batch.lengths), work.case.num_generations)
+    if work.reference is not None:
+        with work.phase("reference"), torch.no_grad():
+            # The reference's connector is the initial one.
+            tokens = work.reference.visual_tokens(features) if visual.is_trained else visual.detached
+            batch.ref_logps = logps_packed(work, tokens)
+    with work.phase("train"):
+        loss = train_packed(work, visual)
+    return step(work, loss)
+
+
+def update_before(work: Work) -> float:
+    """As at commit 2c9de69: the tower once, the connector in every pass."""
+    model, batch = work.model, work.batch
+    pixels = work.load()
+    with work.phase("vision"):
+        features = [encode(model, video) for video in pixels]
+    with work.phase("rollout"), torch.no_grad():
+        tokens = see(work, features).detached
+        sample(model, batch.prompt_ids, tokens, max(batch.lengths), work.case.num_generations)
+    if work.reference is not None:
+        with work.phase("reference"):
+            batch.ref_logps = logps_before(work, features)
+    with work.phase("train"):
+        loss = train_before(work, features)
+    return step(work, loss)
+
+
+def update_original(work: Work) -> float:
+    """The schedule of TinyLLaVA-Video-R1: one prompt after another, one completion after another; tower and connector
+    once per completion in rollout, reference and policy pass; a row per completion; logits of all positions; eager
+    attention."""
+    if not work.videos:
+        raise UnavailableError("asks about videos")
+    batch, group = work.batch, work.case.num_generations
+    pixels = work.load()
+    total = 0.0
+    batch.ref_logps = None if work.reference is None else torch.zeros_like(batch.rollout.sampler_logps)
+    with eager_attention(work.model), eager_attention(work.reference):
+        for prompt in range(work.case.num_prompts):
+            video, rows = pixels[prompt : prompt + 1], slice(prompt * group, (prompt + 1) * group)
+            with work.phase("rollout"):
+                for length in batch.lengths[rows]:
+                    with torch.no_grad():
+                        tokens = see(work, [encode(work.model, v) for v in video]).detached
+                    sample(work.model, batch.prompt_ids[prompt : prompt + 1], tokens, length, 1)
+            ids, mask = padded(work, rows)
+            if work.reference is not None:
+                with work.phase("reference"), torch.no_grad():
+                    logits = original_logits(work, work.reference, prompt, video, ids, mask)
+                    logps = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+                    batch.ref_logps[rows, : ids.shape[1]] = logps.masked_fill(~mask, 0.0)  # type: ignore[index]
+            with work.phase("train"):
+                logits = original_logits(work, work.model, prompt, video, ids, mask)
+                out = grpo_loss(logits, ids, **loss_arguments(work, rows, mask))
+                out.loss.backward()
+                total += out.loss.item()
+    return step(work, total)
+
+
+def original_logits(
+    work: Work, model: VideoLanguageModel, prompt: int, video: Sequence[Tensor], ids: Tensor, mask: Tensor
+) -> Tensor:
+    """Logits (G, T, V), a slice of those of all positions; the video goes through tower and connector for every row."""
+    group = work.case.num_generations
+    tokens: list[Tensor] = []
+    for _ in range(group):
+        tokens += model.visual_tokens([encode(model, v) for v in video])
+    logits = model.project(padded_states(model, [work.batch.prompt_ids[prompt]] * group, tokens, ids, mask))
+    return logits[:, -ids.shape[1] :]
+
+
+@contextmanager
+def eager_attention(model: VideoLanguageModel | None) -> Iterator[None]:
+    """Tower and decoder compute their attention as written in transformers."""
+    configs = [] if model is None else [model.config.text, model.config.vision]  # type: ignore[union-attr]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+@torch.no_grad()
+def encode(model: VideoLanguageModel, video: Tensor) -> Tensor:
+    return model.encode(video)
+
+
+def sample(
+    model: VideoLanguageModel, prompt_ids: Sequence[Tensor], tokens: Sequence[Tensor], length: int, group: int
+) -> None:
+    """Completions of `length` tokens."""
+    sample_completions(model.eval(), ENDLESS, prompt_ids, tokens, SamplingParams(length), num_generations=group)
+    model.train()
+
+
+def step(work: Work, loss: float) -> float:
+    assert work.optimizer is not None
+    with work.phase("optimizer"):
+        torch.nn.utils.clip_grad_norm_(work.trained.values(), 1e9)
+        work.optimizer.step()
+    return loss
