@@ -161,6 +161,7 @@ def draw_work(case: UpdateCase, model: VideoLanguageModel, videos: list[Tensor] 
         samples=[Sample(str(i), "", "AB", "A", Path("none"), "bench") for i in range(B)],
         prompt_ids=[prompt.to(device) for prompt in prompts],
         prompt_lengths=[case.prompt_length] * B,
+        pixel_shapes=[(case.num_frames, 3, side, side)] * B,
         is_valid=[True] * B,
         rollout=rollout,
         lengths=lengths,
