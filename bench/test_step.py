@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from harness import Call, Group, Outputs
 from torch import Tensor
@@ -20,7 +21,7 @@ from update_passes import (
     train_padded,
     train_unshared,
 )
-from update_shapes import UpdateCase, stated_targets
+from update_shapes import LEFT_OUT, UpdateCase, stated_targets
 from update_steps import encode, update_before, update_original, update_packed
 from update_trl import make_trainer, update_trl
 from update_work import ClipFiles, Work, copy_model, draw_work, make_model
@@ -121,7 +122,9 @@ def set_up(case: UpdateCase) -> Group:
 
 
 def test_step(case: UpdateCase, provider: str, make: Any, run: Any, group: Group) -> None:
-    row = run(provider, make, rounds=3)
+    if (case.name, provider) in LEFT_OUT:
+        pytest.skip("left out")
+    row = run(provider, make, rounds=2)
     if case.op == "update":
         row["phases_ms"] = dict(group.inputs.phases_ms)
     row.update(stated_targets(case, provider, row["median_ms"]))
