@@ -99,7 +99,7 @@ class Update(Generic[S]):
     step: int  # from 1
     samples: list[S]  # B
     indices: list[int]  # B places of the samples in the list of all samples
-    keys: list[int]  # B places in the endless stream of samples, which do not depend on the number of ranks
+    keys: list[int]  # B places in the endless stream of samples, for any number of ranks; negative for further prompts
     pixels: list[torch.Tensor | None]  # B × (F, 3, H, W); None: undecodable and to be skipped
     is_lost: bool = False  # no video of the whole update, on any rank, could be decoded
 

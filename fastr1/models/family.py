@@ -54,8 +54,8 @@ class DecoderLayout:
 class VideoLanguageModel(nn.Module, ABC):
     """Vision tower → connector → decoder with a head. Symbols: B prompts, G completions each, see `schema`.
 
-    A family provides three submodules and the abstract methods; packing, padding and caching are the same for all of
-    them and live here.
+    A family provides three submodules and the abstract methods; left padding, caching and the packed forward are the same
+    for all of them and live here.
 
     Attributes: packed_attn_implementation, what computes the attention of packed completions.
     """
@@ -73,7 +73,10 @@ class VideoLanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def decoder(self) -> Any:
-        """The decoder without its head, called as a model of transformers; offers `embed_tokens` and `layers`."""
+        """The decoder without its head, called as a model of transformers.
+
+        It offers `config` and `embed_tokens`, and hands keywords that it does not know to its attention.
+        """
 
     @property
     @abstractmethod
@@ -154,7 +157,7 @@ class VideoLanguageModel(nn.Module, ABC):
         num_generations: int = 1,
     ) -> tuple[DynamicCache, torch.Tensor]:
         """Forward each prompt once; returns its keys and values repeated for G completions and the last hidden state
-        (B·G, 1, D). Gradients flow back through both."""
+        (B·G, 1, D)."""
         cache = DynamicCache(config=self.decoder.config)
         out = self.decoder(
             inputs_embeds=embeds,

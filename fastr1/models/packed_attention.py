@@ -7,7 +7,7 @@ and merged by their log-sum-exp (lse):
 
 In the backward each part's ordinary flash backward is called with the merged output and lse: it rebuilds its own
 probabilities exp(score − lse) from them and the row sums of grad·output, so the gradients are exact and merely added.
-Keys and values of a prompt are neither copied nor read once per completion.
+Keys and values of a prompt are not copied per completion, nor read once per completion.
 
 FLOPs of the forward, with H heads of size d and prompts of P tokens whose completions have R_g input tokens:
 4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g), as torch counts them: causal squares in full. The backward computes the scores again
@@ -40,7 +40,7 @@ BACKENDS: dict[str, ModuleType] = {
     "sdpa": sdpa,
 }
 CHOICES = ("auto", "flash_attn", "varlen", "sdpa", "eager")
-# Versions of flash-attn, best first: its module, and majors of compute capability that it has kernels for.
+# Versions of flash-attn, in the order they are tried: the module, and majors of compute capability that it has kernels for.
 _FLASH_ATTN = {
     "flash_attn_3": ("flash_attn_interface", (9,)),
     "flash_attn_4": ("flash_attn.cute.interface", (9, 10, 11, 12)),
@@ -167,8 +167,8 @@ _logged: set[str] = set()
 def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend of packed attention that a setting of `CHOICES` means on a device; logged once.
 
-    "auto" is flash-attn where it is installed for the GPU, else "varlen", both in half precision; else "sdpa". What
-    is set and cannot run here is refused, not replaced.
+    "auto" is flash-attn where it is installed for the GPU, else "varlen", both in half precision; else "efficient" on
+    a GPU, "sdpa" on a CPU: the setting "sdpa" means these two. What is set and cannot run here is refused, not replaced.
     Raises: ConfigError naming the setting and the remedy.
     """
     if setting not in CHOICES:
@@ -203,7 +203,7 @@ def _is_half_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _flash_attn_for(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The best installed version of flash-attn that has kernels for a device and a dtype."""
+    """The first installed version of flash-attn that has kernels for a device and a dtype."""
     if not _is_half_on_gpu(device, dtype):
         return None
     major, _ = torch.cuda.get_device_capability(device)

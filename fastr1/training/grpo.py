@@ -2,8 +2,9 @@
 
     prompts → clips → vision features → G completions each → rewards → advantages → packed batch → loss → update
 
-What the speed comes from: vision tower and connector run once per prompt and update, the connector's gradient flows
-once; a prompt is forwarded and back-propagated once for its completions, which are packed behind it without padding;
+What the speed comes from: vision tower and connector run once per prompt and update (with several steps of the
+optimizer the connector, and a trained tower, once more per step), the connector's gradient flows once per step; a
+prompt is forwarded and back-propagated once for its completions in a micro-batch, packed behind it without padding;
 completions that nothing can be learned from are not forwarded at all; the logits exist a chunk at a time.
 
 What keeps the objective: the denominator of the loss is a global count fixed before the first micro-step, so packing,

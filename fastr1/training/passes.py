@@ -30,7 +30,7 @@ class OptimizerStep:
 def plan_steps(batch: Batch, ranks: Ranks, *, prompts_per_step: int, max_tokens: int) -> list[OptimizerStep]:
     """The steps that one pass over the rollout takes, `prompts_per_step` prompts of this rank each. All ranks call it.
 
-    Raises: PackingError where a prompt does not fit.
+    That every prompt fits into `max_tokens` with its longest completion is the caller's to check.
     """
     num_prompts, num_rows = len(batch.samples), len(batch.lengths)
     group = num_rows // num_prompts

@@ -1,4 +1,4 @@
-"""Logits of padded completions by the packed forward, in the shape of its slow twin."""
+"""Logits of completions, packed and padded, in one shape."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ COUNTED = {  # operators that torch's counter does not know
 
 
 def test_operations_are_those_of_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "MAX_PADDED", 0)  # on a CPU short completions are padded to the next 16 tokens
+    monkeypatch.setattr(batches, "MAX_PADDED", 0)  # dense kernels pad short completions to the next 16 tokens
     model, processor = wide_model()
     model.freeze(["vision_tower", "connector"])
     step = Step(model, processor)
