@@ -127,6 +127,11 @@ class Batch:
     old_logps: torch.Tensor | None = None  # (B·G·T,) of the model that sampled, where it differs from the one trained
     ref_logps: torch.Tensor | None = None  # (B·G·T,) of the initial model; both hold zeros where has_signal is False
 
+    @property
+    def num_generations(self) -> int:
+        """G."""
+        return len(self.lengths) // len(self.samples)
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -94,7 +94,7 @@ class GRPOTrainer:
         if self.reference is not None:
             with self.timer.phase("reference"):
                 # Its connector is the initial one: the tokens are the policy's only where that is frozen.
-                tokens = self._see(self.reference, visual.videos) if visual.is_trained else visual.detached
+                tokens = self._connect_reference(visual.videos) if visual.is_trained else visual.detached
                 batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
         metrics = {**self._optimize(batch, steps, visual), **summarise_rollout(self.distributed, batch)}
         return {**metrics, "extra_groups": float(num_extra), **self._distance_to_limit(batch)}, rollout_rows(batch)
@@ -221,8 +221,9 @@ class GRPOTrainer:
         batch.has_signal = (torch.tensor(batch.is_counted) & ((mine != 0) | learns_from_all)).tolist()
 
     @torch.no_grad()
-    def _see(self, model: VideoLanguageModel, videos: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(model.visual_tokens(videos))
+    def _connect_reference(self, videos: list[torch.Tensor]) -> list[torch.Tensor]:
+        assert self.reference is not None
+        return list(self.reference.visual_tokens(videos))
 
     def _compute_logps(
         self,
@@ -283,8 +284,8 @@ class GRPOTrainer:
             places = places[:0] if micro_batch.is_blank else places
             before = out.logps[: len(places)] if batch.old_logps is None else batch.old_logps[places]
             gap.add(before, batch.rollout.sampler_logps.flatten()[places])
-            whole = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
-            sums.add({**out.metrics, "loss": (out.loss * share, whole)})
+            no_count = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
+            sums.add({**out.metrics, "loss": (out.loss * share, no_count)})
         visual.backward()
 
     def _loss_of(
@@ -320,5 +321,5 @@ class GRPOTrainer:
 
     def _normalizer(self, step: OptimizerStep) -> float:
         """The global denominator, of what the loss counts: its loss tokens or its completions; at least 1."""
-        local = step.num_tokens if self.loss_options.loss.counts == "tokens" else step.num_sequences
+        local = step.num_loss_tokens if self.loss_options.loss.counts == "tokens" else step.num_sequences
         return max(self.distributed.sum_across_ranks(torch.tensor(float(local), dtype=torch.float64)).item(), 1.0)

@@ -217,7 +217,7 @@ def test_completions_without_signal_are_not_forwarded_and_change_nothing(pair: A
     batch.has_signal = [row not in (0, 3, 4, 5) for row in range(9)]
     (step,) = plan_steps(batch, PlainRanks(model), prompts_per_step=3, max_tokens=EVERYTHING)
     assert [(b.prompts, b.groups) for b in step.micro_batches] == [((0, 2), ((1, 2), (6, 7, 8)))]
-    assert (step.num_tokens, step.num_sequences) == (sum(batch.lengths), 9)
+    assert (step.num_loss_tokens, step.num_sequences) == (sum(batch.lengths), 9)
     *packed, _ = packed_update(model, batch, videos, 110, corrects_sampler=False, **settings)
     forwarded = torch.tensor(batch.has_signal)[:, None] & batch.rollout.completion_mask
     expected = (*expected[:2], expected[2] * forwarded.flatten())

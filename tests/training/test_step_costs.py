@@ -14,6 +14,7 @@ from twin_toys import pack, padded_logits
 from fastr1.models import DecoderLayout, VideoLanguageModel
 from fastr1.models.packed_backends import batches
 from fastr1.models.tinyllava import TinyLlavaProcessor, build_model
+from fastr1.training.passes import completion_states
 from fastr1_kernels import grpo_loss, linear_grpo_loss
 
 GROUP, PROMPTS = 6, 3
@@ -55,8 +56,7 @@ class Step:
     def packed(self) -> None:
         flat, device = self.ids.flatten(), torch.device("cpu")
         width = self.mask.shape[1]
-        inputs = flat[self.micro_batch.places(width, device, inputs=True)]
-        states = self.model.completion_states(self.prompts, self.tokens, inputs, self.micro_batch.layout)
+        states = completion_states(self.model, self.micro_batch, self.prompts, self.tokens, self.ids)
         weight, bias = self.model.head
         out = linear_grpo_loss(
             states,
@@ -85,7 +85,7 @@ def bound_of_bytes(step: Step, head_is_trained: bool) -> int:
     layout = step.model.layout
     key_values = layout.num_kv_heads * layout.head_dim
     per_layer = 8 * layout.hidden_size + 2 * key_values + 4 * layout.intermediate_size
-    num_tokens, num_rows = step.micro_batch.num_tokens, sum(step.lengths)
+    num_tokens, num_rows = step.micro_batch.layout.num_tokens, sum(step.lengths)
     numbers = num_tokens * layout.num_layers * per_layer + 6 * num_tokens * layout.hidden_size
     numbers += 3 * num_rows * layout.hidden_size + CHUNK * layout.vocab_size
     numbers += sum(p.numel() for p in step.model.decoder.layers.parameters())
@@ -150,8 +150,8 @@ def test_operations_are_those_of_every_token_once(monkeypatch: pytest.MonkeyPatc
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         step.packed()
     layout, num_rows = model.layout, sum(step.lengths)
-    assert step.micro_batch.num_tokens == sum(step.micro_batch.prompt_lengths) + num_rows - len(step.lengths)
-    body = 3 * flops_of_parameters(layout) * step.micro_batch.num_tokens
+    assert step.micro_batch.layout.num_tokens == sum(step.micro_batch.prompt_lengths) + num_rows - len(step.lengths)
+    body = 3 * flops_of_parameters(layout) * step.micro_batch.layout.num_tokens
     head = 3 * 2 * num_rows * layout.hidden_size * layout.vocab_size
     attention = flops_of_attention(step) * 7 // 2
     # the first layer's input needs a gradient: the embedding is trained
