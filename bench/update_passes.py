@@ -89,7 +89,9 @@ def loss_of_logits(work: Work, batch: Batch, micro_batch: MicroBatch, tokens: Se
     ids = batch.rollout.completion_ids
     places = micro_batch.places(ids.shape[1], ids.device)
     return grpo_loss(
-        work.model.project(completion_states(work.model, batch, micro_batch, tokens)),
+        work.model.project(
+            completion_states(work.model, micro_batch, batch.prompt_ids, tokens, batch.rollout.completion_ids)
+        ),
         ids.flatten()[places],
         cu_seqlens=micro_batch.cu_seqlens(ids.device),
         advantages=batch.advantages[torch.tensor(micro_batch.rows, device=ids.device)],

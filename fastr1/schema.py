@@ -99,7 +99,7 @@ class Update(Generic[S]):
     step: int  # from 1
     samples: list[S]  # B
     indices: list[int]  # B places of the samples in the list of all samples
-    keys: list[int]  # B places in the endless stream of samples, which do not depend on the number of ranks
+    keys: list[int]  # B places in the endless stream of samples, for any number of ranks; negative for further prompts
     pixels: list[torch.Tensor | None]  # B × (F, 3, H, W); None: undecodable and to be skipped
     is_lost: bool = False  # no video of the whole update, on any rank, could be decoded
 
@@ -126,6 +126,11 @@ class Batch:
     has_signal: list[bool]  # B·G; False: the loss has no gradient there
     old_logps: torch.Tensor | None = None  # (B·G·T,) of the model that sampled, where it differs from the one trained
     ref_logps: torch.Tensor | None = None  # (B·G·T,) of the initial model; both hold zeros where has_signal is False
+
+    @property
+    def num_generations(self) -> int:
+        """G."""
+        return len(self.lengths) // len(self.samples)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class ModelConfig:
     freeze: tuple[ModelPart, ...] = ("vision_tower",)
     gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
-    packed_attn_implementation: PackedAttention = "auto"  # of the packed completions; auto: the fastest that is here
+    packed_attn_implementation: PackedAttention = "auto"  # of packed passes; auto: the first that can run here
     use_liger_kernel: bool | None = None  # norms, MLPs and rotation of the decoder; None: with a GPU and liger-kernel
 
 
@@ -113,11 +113,10 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     num_train_epochs: float = 1.0
     max_steps: int = -1  # > 0 overrides num_train_epochs
-    per_device_train_batch_size: int = (
-        1  # prompts per process and accumulation step, each with num_generations completions
-    )
+    # Prompts per process, each with num_generations completions; × gradient_accumulation_steps = prompts of a step.
+    per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
-    max_tokens_per_micro_batch: int = 8192  # prompts and completions that are forwarded at a time: bounds the memory
+    max_tokens_per_micro_batch: int = 8192  # prompts and completions in a training pass: bounds its memory
 
 
 @dataclass(frozen=True)

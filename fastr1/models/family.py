@@ -54,8 +54,8 @@ class DecoderLayout:
 class VideoLanguageModel(nn.Module, ABC):
     """Vision tower → connector → decoder with a head. Symbols: B prompts, G completions each, see `schema`.
 
-    A family provides three submodules and the abstract methods; packing, padding and caching are the same for all of
-    them and live here.
+    A family provides three submodules and the abstract methods; left padding, caching and the packed forward are the
+    same for all of them and live here.
 
     Attributes: packed_attn_implementation, what computes the attention of packed completions.
     """
@@ -73,7 +73,10 @@ class VideoLanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def decoder(self) -> Any:
-        """The decoder without its head, called as a model of transformers; offers `embed_tokens` and `layers`."""
+        """The decoder without its head, called as a model of transformers.
+
+        It offers `config` and `embed_tokens`, and hands keywords that it does not know to its attention.
+        """
 
     @property
     @abstractmethod
@@ -154,7 +157,7 @@ class VideoLanguageModel(nn.Module, ABC):
         num_generations: int = 1,
     ) -> tuple[DynamicCache, torch.Tensor]:
         """Forward each prompt once; returns its keys and values repeated for G completions and the last hidden state
-        (B·G, 1, D). Gradients flow back through both."""
+        (B·G, 1, D)."""
         cache = DynamicCache(config=self.decoder.config)
         out = self.decoder(
             inputs_embeds=embeds,
@@ -204,13 +207,8 @@ class VideoLanguageModel(nn.Module, ABC):
         prompts = [self.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
         embeds = torch.cat([*prompts, self.decoder.embed_tokens(input_ids)])[None]
         backend = choose_packed_backend(self.packed_attn_implementation, embeds.device, embeds.dtype)
-        positions = self.packed_positions(layout, embeds.device)
-        hidden = forward_packed(self.decoder, embeds, layout, position_ids=positions, backend=backend)
-        return hidden[0, layout.rows(embeds.device)]
-
-    def packed_positions(self, layout: PackedLayout, device: torch.device) -> torch.Tensor:
-        """Positions of packed tokens, (1, L) int64: a completion goes on where its prompt ends."""
-        return layout.positions(device)
+        hidden = forward_packed(self.decoder, embeds, layout, backend=backend)
+        return hidden[0, layout.predicting_states(embeds.device)]
 
     def padded_logits(
         self,

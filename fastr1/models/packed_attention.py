@@ -7,7 +7,7 @@ and merged by their log-sum-exp (lse):
 
 In the backward each part's ordinary flash backward is called with the merged output and lse: it rebuilds its own
 probabilities exp(score − lse) from them and the row sums of grad·output, so the gradients are exact and merely added.
-Keys and values of a prompt are neither copied nor read once per completion.
+Keys and values of a prompt are not copied per completion, nor read once per completion.
 
 FLOPs of the forward, with H heads of size d and prompts of P tokens whose completions have R_g input tokens:
 4·H·d·Σ(P² + Σ_g R_g² + P·Σ_g R_g), as torch counts them: causal squares in full. The backward computes the scores again
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastr1.config import ConfigError
+from fastr1.config import ConfigError, check_value
 from fastr1.models.packed_backends import efficient, flash_attn_2, flash_attn_3, flash_attn_4, sdpa, varlen
 from fastr1.models.packed_layout import PackedLayout
 
@@ -39,8 +39,7 @@ BACKENDS: dict[str, ModuleType] = {
     "efficient": efficient,
     "sdpa": sdpa,
 }
-CHOICES = ("auto", "flash_attn", "varlen", "sdpa", "eager")
-# Versions of flash-attn, best first: its module, and majors of compute capability that it has kernels for.
+# Versions of flash-attn in the order they are tried: module, and majors of compute capability that it has kernels for.
 _FLASH_ATTN = {
     "flash_attn_3": ("flash_attn_interface", (9,)),
     "flash_attn_4": ("flash_attn.cute.interface", (9, 10, 11, 12)),
@@ -165,16 +164,15 @@ _logged: set[str] = set()
 
 
 def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of packed attention that a setting of `CHOICES` means on a device; logged once.
+    """The backend of packed attention that a setting of `PackedAttention` means on a device; logged once.
 
-    "auto" is flash-attn where it is installed for the GPU, else "varlen", both in half precision; else "sdpa". What
-    is set and cannot run here is refused, not replaced.
+    "auto" is flash-attn where it is installed for the GPU, else "varlen", both in half precision; else "efficient" on
+    a GPU, "sdpa" on a CPU: the setting "sdpa" means these two. What is set and cannot run here is refused.
     Raises: ConfigError naming the setting and the remedy.
     """
-    if setting not in CHOICES:
-        raise ConfigError(f"model.packed_attn_implementation is {setting!r}; choose from {', '.join(CHOICES)}")
+    check_value("model.packed_attn_implementation", setting)
     flash = _flash_attn_for(device, dtype)
-    has_varlen = _is_half_on_gpu(device, dtype)
+    has_varlen = _can_run_flash(device, dtype)
     dense = "efficient" if device.type == "cuda" else "sdpa"
     chosen = {
         "auto": flash or ("varlen" if has_varlen else dense),
@@ -196,15 +194,15 @@ def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype
     return chosen
 
 
-def _is_half_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+def _can_run_flash(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash_attn_for(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The best installed version of flash-attn that has kernels for a device and a dtype."""
-    if not _is_half_on_gpu(device, dtype):
+    """The first installed version of flash-attn that has kernels for a device and a dtype."""
+    if not _can_run_flash(device, dtype):
         return None
     major, _ = torch.cuda.get_device_capability(device)
     for name, (module, majors) in _FLASH_ATTN.items():

@@ -104,7 +104,7 @@ class PackedLayout:
     prompt_lengths: Sequence[int]  # B
     completion_lengths: Sequence[Sequence[int]]  # B × G_i
     _positions: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    _rows: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _predicting_states: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_lengths", tuple(self.prompt_lengths))
@@ -164,18 +164,18 @@ class PackedLayout:
             self._positions[device] = torch.tensor([list(chain.from_iterable(spans))], device=device)
         return self._positions[device]
 
-    def rows(self, device: torch.device | str) -> torch.Tensor:
+    def predicting_states(self, device: torch.device | str) -> torch.Tensor:
         """Which of the L hidden states predict the tokens of each completion in turn: (N,) int64.
 
         The last of its prompt, then its inputs; N counts every token of every completion.
         """
         device = torch.device(device)
-        if device not in self._rows:
-            rows: list[int] = []
+        if device not in self._predicting_states:
+            states: list[int] = []
             next_input = self.num_prompt_tokens
             for end, group in zip(accumulate(self.prompt_lengths), self.completion_lengths, strict=True):
                 for length in group:
-                    rows += [end - 1, *range(next_input, next_input + length)]
+                    states += [end - 1, *range(next_input, next_input + length)]
                     next_input += length
-            self._rows[device] = torch.tensor(rows, dtype=torch.int64, device=device)
-        return self._rows[device]
+            self._predicting_states[device] = torch.tensor(states, dtype=torch.int64, device=device)
+        return self._predicting_states[device]

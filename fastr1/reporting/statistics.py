@@ -47,8 +47,7 @@ class TokenSums:
 def summarise_rollout(ranks: Ranks, batch: Batch) -> Metrics:
     """Rewards, their spread within groups, and lengths, over the valid completions of all ranks. All ranks call it."""
     rollout, scored = batch.rollout, batch.scored
-    num_generations = len(rollout.texts) // len(batch.is_valid)
-    valid = torch.tensor(batch.is_valid).repeat_interleave(num_generations)
+    valid = torch.tensor(batch.is_valid).repeat_interleave(batch.num_generations)
     columns = {
         "reward": torch.tensor(scored.rewards),
         **{f"rewards/{name}": torch.tensor(values) for name, values in scored.parts.items()},
@@ -61,8 +60,8 @@ def summarise_rollout(ranks: Ranks, batch: Batch) -> Metrics:
     # The parts that a reward function returns may differ between ranks.
     names = {name: None for part in gathered for name in part}
     merged = {name: torch.cat([part[name] for part in gathered if name in part]) for name in names}
-    groups = merged["reward"].reshape(-1, num_generations)
-    signal = merged.pop("signal").reshape(-1, num_generations)
+    groups = merged["reward"].reshape(-1, batch.num_generations)
+    signal = merged.pop("signal").reshape(-1, batch.num_generations)
     return {
         **{name: values.mean().item() for name, values in merged.items()},
         "reward_std": groups.std(dim=1).mean().item(),
@@ -76,11 +75,10 @@ def summarise_rollout(ranks: Ranks, batch: Batch) -> Metrics:
 def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
     """One JSON object per completion of this rank; "valid" is false where the video could not be decoded."""
     rollout, scored = batch.rollout, batch.scored
-    num_generations = len(rollout.texts) // len(batch.samples)
     advantages, is_truncated = batch.advantages.tolist(), rollout.is_truncated.tolist()
     rows = []
     for i, text in enumerate(rollout.texts):
-        sample = batch.samples[i // num_generations]
+        sample = batch.samples[i // batch.num_generations]
         rows.append(
             {
                 "sample_id": sample.sample_id,
@@ -92,7 +90,7 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
                 "rewards": {name: values[i] for name, values in scored.parts.items()},
                 "advantage": advantages[i],
                 "is_truncated": is_truncated[i],
-                "valid": batch.is_valid[i // num_generations],
+                "valid": batch.is_valid[i // batch.num_generations],
             }
         )
     return rows

@@ -11,7 +11,7 @@ from fastr1.roofline.model import ModelShape
 from fastr1.roofline.work import Cost, StepWork, step_costs
 
 # What a phase of the trainer's clock does, where its name is not that of one cost.
-_TIMED = {"rollout": ("prefill", "decode")}
+_COSTS_OF_PHASE = {"rollout": ("prefill", "decode")}
 
 
 class StepLimit:
@@ -39,7 +39,7 @@ class StepLimit:
         stayed in the caches of a CPU.
         """
         costs = step_costs(self.model, work)
-        phases = {name: _timed(seconds, name) for name in (*_TIMED, *costs)}
+        phases = {name: _timed(seconds, name) for name in (*_COSTS_OF_PHASE, *costs)}
         metrics: Metrics = {}
         for name, taken in phases.items():
             floor = sum(cost.floor_seconds(self.machine) for cost in _costs_of(name, costs))
@@ -66,7 +66,7 @@ def _timed(seconds: Mapping[str, float], phase: str) -> float:
 
 
 def _costs_of(phase: str, costs: Mapping[str, Cost]) -> list[Cost]:
-    return [costs[name] for name in _TIMED.get(phase, (phase,))]
+    return [costs[name] for name in _COSTS_OF_PHASE.get(phase, (phase,))]
 
 
 def _num_forwarded(work: StepWork) -> int:

@@ -2,8 +2,9 @@
 
     prompts → clips → vision features → G completions each → rewards → advantages → packed batch → loss → update
 
-What the speed comes from: vision tower and connector run once per prompt and update, the connector's gradient flows
-once; a prompt is forwarded and back-propagated once for its completions, which are packed behind it without padding;
+What the speed comes from: vision tower and connector run once per prompt and update (with several steps of the
+optimizer the connector, and a trained tower, once more per step), the connector's gradient flows once per step; a
+prompt is forwarded and back-propagated once for its completions in a micro-batch, packed behind it without padding;
 completions that nothing can be learned from are not forwarded at all; the logits exist a chunk at a time.
 
 What keeps the objective: the denominator of the loss is a global count fixed before the first micro-step, so packing,
@@ -106,7 +107,7 @@ class GRPOTrainer:
         if self.reference is not None:
             with self.timer.phase("reference"):
                 # Its connector is the initial one: the tokens are the policy's only where that is frozen.
-                tokens = self._see(self.reference, visual.videos) if visual.is_trained else visual.detached
+                tokens = self._connect_reference(visual.videos) if visual.is_trained else visual.detached
                 batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
         metrics = {**self._optimize(batch, steps, visual), **summarise_rollout(self.distributed, batch)}
         metrics["extra_groups"] = float(len(dropped) * self.distributed.world_size)
@@ -239,8 +240,9 @@ class GRPOTrainer:
         batch.has_signal = (torch.tensor(batch.is_counted) & ((mine != 0) | learns_from_all)).tolist()
 
     @torch.no_grad()
-    def _see(self, model: VideoLanguageModel, videos: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(model.visual_tokens(videos))
+    def _connect_reference(self, videos: list[torch.Tensor]) -> list[torch.Tensor]:
+        assert self.reference is not None
+        return list(self.reference.visual_tokens(videos))
 
     def _compute_logps(
         self,
@@ -301,8 +303,8 @@ class GRPOTrainer:
             places = places[:0] if micro_batch.is_blank else places
             before = out.logps[: len(places)] if batch.old_logps is None else batch.old_logps[places]
             gap.add(before, batch.rollout.sampler_logps.flatten()[places])
-            whole = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
-            sums.add({**out.metrics, "loss": (out.loss * share, whole)})
+            no_count = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
+            sums.add({**out.metrics, "loss": (out.loss * share, no_count)})
         visual.backward()
 
     def _loss_of(
@@ -336,5 +338,5 @@ class GRPOTrainer:
 
     def _normalizer(self, step: OptimizerStep) -> float:
         """The global denominator, of what the loss counts: its loss tokens or its completions; at least 1."""
-        local = step.num_tokens if self.loss_options.loss.counts == "tokens" else step.num_sequences
+        local = step.num_loss_tokens if self.loss_options.loss.counts == "tokens" else step.num_sequences
         return max(self.distributed.sum_across_ranks(torch.tensor(float(local), dtype=torch.float64)).item(), 1.0)

@@ -313,7 +313,7 @@ class TrainingRun(Generic[S]):
 
 
 def load_policy(config: TrainConfig) -> VideoLanguageModel:
-    """The model to train, its frozen parts without gradient."""
+    """The model as trained, its frozen parts without gradient; also the reference."""
     settings = config.model
     model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
     apply_liger(model.decoder, settings.use_liger_kernel)

@@ -31,7 +31,7 @@ def draw_places(
 
 def groups_with_signal(batch: Batch) -> list[bool]:
     """B; whether anything can be learned from a prompt's completions."""
-    group = len(batch.lengths) // len(batch.samples)
+    group = batch.num_generations
     return [any(batch.has_signal[i * group : (i + 1) * group]) for i in range(len(batch.samples))]
 
 
@@ -44,7 +44,7 @@ def choose_groups(has_signal: Sequence[bool], more_have: Sequence[bool]) -> list
 
 def refill(batch: Batch, more: Batch, chosen: Sequence[int], pad_token_id: int) -> Batch:
     """The chosen groups of two batches, by their places among the prompts of both."""
-    group = len(batch.lengths) // len(batch.samples)
+    group = batch.num_generations
     rows = [place * group + g for place in chosen for g in range(group)]
 
     def prompts(name: str) -> list[T]:

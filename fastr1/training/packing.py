@@ -46,10 +46,6 @@ class MicroBatch:
     def row_lengths(self) -> list[int]:
         return [length for group in self.lengths for length in group]
 
-    @property
-    def num_tokens(self) -> int:
-        return self.layout.num_tokens
-
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
         """(rows + 1,) int64: bounds of each completion among the N tokens."""
         return torch.tensor([0, *self.row_lengths]).cumsum(0).to(device)

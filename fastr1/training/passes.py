@@ -23,39 +23,41 @@ class OptimizerStep:
 
     prompts: range  # places in the batch
     micro_batches: list[MicroBatch]  # of what has signal; as many on every rank, one at least
-    num_tokens: int  # of this rank that the loss counts
+    num_loss_tokens: int  # of this rank that the loss counts
     num_sequences: int  # of this rank that the loss counts, whatever is masked in them
 
 
 def plan_steps(batch: Batch, ranks: Ranks, *, prompts_per_step: int, max_tokens: int) -> list[OptimizerStep]:
     """The steps that one pass over the rollout takes, `prompts_per_step` prompts of this rank each. All ranks call it.
 
-    Raises: PackingError where a prompt does not fit.
+    That every prompt fits into `max_tokens` with its longest completion is the caller's to check.
     """
-    num_prompts, num_rows = len(batch.samples), len(batch.lengths)
-    group = num_rows // num_prompts
+    num_prompts, group = len(batch.samples), batch.num_generations
     steps = []
     for start in range(0, num_prompts, prompts_per_step):
         prompts = range(start, min(start + prompts_per_step, num_prompts))
         rows = range(start * group, prompts.stop * group)
-        trained = {p: [r for r in rows[(p - start) * group :][:group] if batch.has_signal[r]] for p in prompts}
+        trained = {p: [r for r in range(p * group, (p + 1) * group) if batch.has_signal[r]] for p in prompts}
         micro_batches = keep_step(
             ranks, pack_groups(batch.prompt_lengths, trained, batch.lengths, max_tokens), batch.prompt_lengths
         )
-        num_tokens = sum(batch.lengths[row] for row in rows if batch.is_counted[row])
+        num_loss_tokens = sum(batch.lengths[row] for row in rows if batch.is_counted[row])
         num_sequences = sum(batch.is_valid[prompts.start : prompts.stop]) * group
-        steps.append(OptimizerStep(prompts, micro_batches, num_tokens, num_sequences))
+        steps.append(OptimizerStep(prompts, micro_batches, num_loss_tokens, num_sequences))
     return steps
 
 
 def completion_states(
-    model: VideoLanguageModel, batch: Batch, micro_batch: MicroBatch, visual_tokens: Sequence[torch.Tensor]
+    model: VideoLanguageModel,
+    micro_batch: MicroBatch,
+    prompt_ids: Sequence[torch.Tensor],  # B × (L_i,)
+    visual_tokens: Sequence[torch.Tensor],  # B × (Q, D)
+    ids: torch.Tensor,  # (rows of the rollout, T) int64
 ) -> torch.Tensor:
-    """Hidden states (N, D) that predict the tokens of a micro-batch; `visual_tokens` are those of all B prompts."""
-    ids = batch.rollout.completion_ids
+    """Hidden states (N, D) that predict the tokens of a micro-batch, out of all prompts and completions."""
     inputs = micro_batch.places(ids.shape[1], ids.device, inputs=True)
     return model.completion_states(
-        [batch.prompt_ids[prompt] for prompt in micro_batch.prompts],
+        [prompt_ids[prompt] for prompt in micro_batch.prompts],
         [visual_tokens[prompt] for prompt in micro_batch.prompts],
         ids.flatten()[inputs],
         micro_batch.layout,
@@ -78,7 +80,7 @@ def compute_logps(
     logps = torch.zeros(ids.numel(), device=ids.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     for micro_batch in micro_batches:
         places = micro_batch.places(ids.shape[1], ids.device)
-        states = completion_states(model, batch, micro_batch, visual_tokens)
+        states = completion_states(model, micro_batch, batch.prompt_ids, visual_tokens, ids)
         logps[places] = linear_logps(
             states, weight, ids.flatten()[places], bias=bias, temperature=temperature, check_values=check_values
         )
@@ -106,7 +108,7 @@ def compute_loss(
 
     weight, bias = model.head
     return linear_grpo_loss(
-        completion_states(model, batch, micro_batch, visual_tokens),
+        completion_states(model, micro_batch, batch.prompt_ids, visual_tokens, ids),
         weight,
         ids.flatten()[places],
         bias=bias,

@@ -23,6 +23,7 @@ from fastr1.schema import DataError, SftSample, Update
 from fastr1.training.agreement import agreement, on_every_rank
 from fastr1.training.loop import Rows, TrainingRun
 from fastr1.training.packing import MicroBatch, keep_step, pack_groups
+from fastr1.training.passes import completion_states
 from fastr1.training.stop import StopRequest
 from fastr1.training.visual import VisualTokens
 from fastr1_kernels import linear_logps
@@ -71,7 +72,7 @@ class SftTrainer:
                 logps = distributed(partial(answer_logps, micro_batch, prompt_ids, visual.tokens, answers))
                 loss = -logps.sum() * (not micro_batch.is_blank)
                 distributed.backward(loss / num_samples)
-                numbers = torch.zeros(2) if micro_batch.is_blank else count(micro_batch)
+                numbers = torch.zeros(2) if micro_batch.is_blank else num_rows_and_tokens(micro_batch)
                 num_rows, num_tokens = numbers.to(device)
                 sums.add({"loss": (loss, num_rows), "num_tokens": (num_tokens, num_tokens * 0)})
             visual.backward()
@@ -97,7 +98,7 @@ class SftTrainer:
         return keep_step(self.distributed, micro_batches, prompt_lengths)
 
 
-def count(micro_batch: MicroBatch) -> torch.Tensor:
+def num_rows_and_tokens(micro_batch: MicroBatch) -> torch.Tensor:
     """Its answers and their tokens, (2,)."""
     return torch.tensor([len(micro_batch.rows), sum(micro_batch.row_lengths)], dtype=torch.float32)
 
@@ -111,13 +112,8 @@ def answer_logps(
 ) -> torch.Tensor:
     """Mean log-probability of the tokens of each answer in a micro-batch: (answers,)."""
     device = answers.device
-    inputs, places = (micro_batch.places(answers.shape[1], device, inputs=only) for only in (True, False))
-    states = model.completion_states(
-        [prompt_ids[prompt] for prompt in micro_batch.prompts],
-        [visual_tokens[prompt] for prompt in micro_batch.prompts],
-        answers.flatten()[inputs],
-        micro_batch.layout,
-    )
+    places = micro_batch.places(answers.shape[1], device)
+    states = completion_states(model, micro_batch, prompt_ids, visual_tokens, answers)
     weight, bias = model.head
     # The ids are the tokenizer's own; looking at their values would wait for a GPU.
     is_cheap = device.type == "cpu"

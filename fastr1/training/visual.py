@@ -1,7 +1,9 @@
-"""The visual tokens of an update's videos, made once: rollout, old policy and policy read the same tensors.
+"""The visual tokens of an update's videos: rollout, old policy and the policy's first step read the same tensors.
+
+Further steps of the optimizer make theirs again, where a part they come from is trained.
 
 The policy's passes see leaves that collect gradients over micro-batches; `backward` sends what was collected through
-connector (and tower, where it is trained) once.
+connector (and tower, where it is trained), once per step of the optimizer.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class VisualTokens:
         return [tokens.detach() for tokens in self.tokens]
 
     def backward(self) -> None:
-        """One backward pass with the gradients that the tokens have collected. All ranks call it, once."""
+        """One backward pass with the gradients that the tokens have collected. All ranks call it, once
+        per step of the optimizer."""
         if self.is_trained:
             grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
             self._distributed.backward_from(self._made, grads)

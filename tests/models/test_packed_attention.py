@@ -167,7 +167,7 @@ def test_auto_is_sdpa_on_a_cpu_and_logged_once(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("flash", "is 'flash'; choose from auto"),
+        ("flash", "packed_attn_implementation is 'flash'; choose from auto, flash_attn"),
         ("flash_attn", "'flash_attn', which needs a GPU of compute capability 8.0.* got float32 on cpu; use 'auto'"),
         ("varlen", "'varlen', which needs a GPU of compute capability 8.0.* got float32 on cpu; use 'auto'"),
     ],

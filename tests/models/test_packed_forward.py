@@ -92,7 +92,7 @@ def packed(
     model: Any, embeds: torch.Tensor, layout: PackedLayout, positions: torch.Tensor, backend: str
 ) -> torch.Tensor:
     hidden = forward_packed(model, embeds, layout, position_ids=positions, backend=backend)
-    return hidden[0, layout.rows("cpu")]
+    return hidden[0, layout.predicting_states("cpu")]
 
 
 def result(model: Any, layout: PackedLayout, forward: Callable[..., torch.Tensor], *more: Any) -> list[torch.Tensor]:

@@ -15,15 +15,15 @@ def test_positions_count_on_from_the_end_of_the_prompt() -> None:
     assert LAYOUT.positions("cpu").dtype == torch.int64
 
 
-def test_rows_are_the_states_that_predict_every_token_of_every_completion() -> None:
+def test_predicting_states_are_those_of_every_token_of_every_completion() -> None:
     # Completions of 3, 1 and 2 tokens: behind the last prompt token, index 2 or 4, come their inputs.
-    assert LAYOUT.rows("cpu").tolist() == [2, 5, 6, 2, 4, 7]
+    assert LAYOUT.predicting_states("cpu").tolist() == [2, 5, 6, 2, 4, 7]
 
 
 def test_a_micro_batch_of_one_token_completions_has_no_tail() -> None:
     layout = PackedLayout([2, 1], [[0, 0], [0]])
     assert (layout.num_tokens, layout.num_prompt_tokens) == (3, 3)
-    assert layout.rows("cpu").tolist() == [1, 1, 2]
+    assert layout.predicting_states("cpu").tolist() == [1, 1, 2]
     assert layout.prefix.runs == ()
     assert layout.unread_prompts == (slice(0, 2), slice(2, 3))
 
@@ -49,7 +49,7 @@ def test_runs_join_neighbours_of_equal_lengths_only() -> None:
 
 
 def test_tensors_are_made_once() -> None:
-    assert LAYOUT.rows("cpu") is LAYOUT.rows(torch.device("cpu"))
+    assert LAYOUT.predicting_states("cpu") is LAYOUT.predicting_states(torch.device("cpu"))
     assert LAYOUT.positions("cpu") is LAYOUT.positions("cpu")
     assert LAYOUT.causal.cu_seqlens(torch.device("cpu"))[0] is LAYOUT.causal.cu_seqlens(torch.device("cpu"))[0]
 

@@ -1,4 +1,4 @@
-"""Logits of padded completions by the packed forward, in the shape of its slow twin."""
+"""Logits of completions, packed and padded, in one shape."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from fastr1.models import VideoLanguageModel
 from fastr1.training.packing import MicroBatch, pack_groups
+from fastr1.training.passes import completion_states
 
 Forward = Callable[
     [VideoLanguageModel, Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor
@@ -39,13 +40,7 @@ def packed_logits(
     out = torch.zeros(rows * width, model.layout.vocab_size, dtype=model.dtype, device=model.device)
     for micro_batch in pack(model, prompts, tokens, mask, max_tokens):
         places = micro_batch.places(width, completion_ids.device)
-        inputs = micro_batch.places(width, completion_ids.device, inputs=True)
-        states = model.completion_states(
-            [prompts[prompt] for prompt in micro_batch.prompts],
-            [tokens[prompt] for prompt in micro_batch.prompts],
-            completion_ids.flatten()[inputs],
-            micro_batch.layout,
-        )
+        states = completion_states(model, micro_batch, prompts, tokens, completion_ids)
         out = out.index_put((places,), model.project(states))
     return out.view(rows, width, -1)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastr1.training.packing import MicroBatch, PackingError, keep_step, pack_groups
+from fastr1.training.packing import PackingError, keep_step, pack_groups
 
 CPU = torch.device("cpu")
 
@@ -43,16 +43,14 @@ def test_every_row_is_packed_once_within_the_budget(groups: list[tuple[int, list
         assert batch.row_lengths == [lengths[row] for row in batch.rows]
         assert batch.prompt_lengths == tuple(prompt_lengths[p] for p in batch.prompts)
         size = sum(batch.prompt_lengths) + sum(batch.row_lengths) - len(batch.rows)
-        assert batch.num_tokens == size <= budget
-    again = pack_groups(prompt_lengths, rows, lengths, budget)
-    assert [(b.prompts, b.groups) for b in again] == [(b.prompts, b.groups) for b in batches]
+        assert batch.layout.num_tokens == size <= budget
 
 
 @settings(max_examples=100, deadline=None)
 @given(groups_of_rows, st.integers(51, 200))
 def test_half_empty_micro_batches_do_not_pile_up(groups: list[tuple[int, list[int]]], budget: int) -> None:
     prompt_lengths, rows, lengths = split(groups)
-    sizes = [batch.num_tokens for batch in pack_groups(prompt_lengths, rows, lengths, budget)]
+    sizes = [batch.layout.num_tokens for batch in pack_groups(prompt_lengths, rows, lengths, budget)]
     assert sum(size <= budget / 2 for size in sizes) <= 1
 
 
@@ -82,7 +80,7 @@ def test_places_pick_the_tokens_of_padded_rows(groups: list[tuple[int, list[int]
         assert matrix.flatten()[batch.places(width, CPU)].tolist() == wanted
         assert matrix.flatten()[batch.places(width, CPU, inputs=True)].tolist() == inputs
         assert batch.cu_seqlens(CPU).diff().tolist() == batch.row_lengths
-        assert len(batch.layout.rows(CPU)) == len(wanted)
+        assert len(batch.layout.predicting_states(CPU)) == len(wanted)
 
 
 class Ranks:
@@ -104,8 +102,4 @@ def test_ranks_take_as_many_micro_batches_as_the_one_with_most(mine: int, other:
     assert together[: len(batches)] == batches
     assert [batch.is_blank for batch in together] == [False] * len(batches) + [True] * blank
     for batch in together[len(batches) :]:
-        assert (batch.prompts, batch.num_tokens, batch.row_lengths) == ((1,), 3, [1])
-
-
-def test_micro_batches_are_compared_by_what_they_are_not_hold() -> None:
-    assert MicroBatch((0,), ((0,),), ((1,),), (2,)).rows == [0]
+        assert (batch.prompts, batch.layout.num_tokens, batch.row_lengths) == ((1,), 3, [1])

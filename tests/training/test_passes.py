@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,11 @@ def make_batch(model: VideoLanguageModel, processor: Processor, groups: list[lis
     ), videos
 
 
+def tight(batch: Batch) -> int:
+    """Tokens of the longest prompt with the longest completion: that prompt's group is divided, if it has others."""
+    return max(batch.prompt_lengths) + WIDTH - 1
+
+
 def gradients(model: VideoLanguageModel) -> dict[str, torch.Tensor]:
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -147,11 +153,15 @@ def options_of(loss_type: str) -> LossOptions:
     )
 
 
-@pytest.mark.parametrize("budget", [EVERYTHING, 110], ids=["one micro-batch", "several"])
+@pytest.mark.parametrize("is_tight", [False, True], ids=["one micro-batch", "divided groups"])
 @pytest.mark.parametrize("name", GROUPS)
-def test_ragged_groups(pair: Any, name: str, budget: int) -> None:
+def test_ragged_groups(pair: Any, name: str, is_tight: bool) -> None:
     model, processor = pair
     batch, videos = make_batch(model, processor, GROUPS[name])
+    budget = tight(batch) if is_tight else EVERYTHING
+    (step,) = plan_steps(batch, PlainRanks(model), prompts_per_step=len(batch.samples), max_tokens=budget)
+    times = Counter(prompt for micro_batch in step.micro_batches for prompt in micro_batch.prompts)
+    assert (max(times.values()) > 1) == (is_tight and len(batch.lengths) > 1)
     batch.ref_logps = -torch.rand(batch.rollout.completion_ids.numel()).double()
     settings = {"normalizer": 7.0, "options": options_of("dapo")}
     *packed, ranks = packed_update(model, batch, videos, budget, corrects_sampler=False, **settings)
@@ -168,7 +178,7 @@ def test_every_loss(pair: Any, loss_type: str) -> None:
     if not LOSSES[loss_type].is_on_policy:
         batch.old_logps = compute_logps_of(model, batch, videos) + 0.1 * torch.randn(number).double()
     settings = {"normalizer": 3.0, "options": options_of(loss_type)}
-    *packed, _ = packed_update(model, batch, videos, 110, corrects_sampler=False, **settings)
+    *packed, _ = packed_update(model, batch, videos, tight(batch), corrects_sampler=False, **settings)
     assert_equal_updates(packed, padded_update(model, batch, videos, **settings))
 
 
@@ -183,7 +193,7 @@ def test_frozen_parts_and_gradient_checkpointing(pair: Any, frozen: tuple[str, .
     if "vision_tower" in frozen:
         videos = [model.encode(video).detach() for video in videos]
     settings = {"normalizer": 7.0, "options": LossOptions()}
-    *packed, _ = packed_update(model, batch, videos, 110, corrects_sampler=False, **settings)
+    *packed, _ = packed_update(model, batch, videos, tight(batch), corrects_sampler=False, **settings)
     trained = {"vision_tower", "connector", "language_model"} - set(frozen)
     assert {name.split(".")[0] for name in packed[1]} == trained
     assert_equal_updates(packed, padded_update(model, batch, videos, **settings))
@@ -191,7 +201,7 @@ def test_frozen_parts_and_gradient_checkpointing(pair: Any, frozen: tuple[str, .
 
 def compute_logps_of(model: VideoLanguageModel, batch: Batch, videos: Any, temperature: float = 1.0) -> torch.Tensor:
     tokens = [t.detach() for t in model.visual_tokens(videos)]
-    (step,) = plan_steps(batch, PlainRanks(model), prompts_per_step=len(batch.samples), max_tokens=110)
+    (step,) = plan_steps(batch, PlainRanks(model), prompts_per_step=len(batch.samples), max_tokens=tight(batch))
     return compute_logps(model, batch, step.micro_batches, tokens, temperature=temperature, check_values=True).double()
 
 
@@ -217,8 +227,8 @@ def test_completions_without_signal_are_not_forwarded_and_change_nothing(pair: A
     batch.has_signal = [row not in (0, 3, 4, 5) for row in range(9)]
     (step,) = plan_steps(batch, PlainRanks(model), prompts_per_step=3, max_tokens=EVERYTHING)
     assert [(b.prompts, b.groups) for b in step.micro_batches] == [((0, 2), ((1, 2), (6, 7, 8)))]
-    assert (step.num_tokens, step.num_sequences) == (sum(batch.lengths), 9)
-    *packed, _ = packed_update(model, batch, videos, 110, corrects_sampler=False, **settings)
+    assert (step.num_loss_tokens, step.num_sequences) == (sum(batch.lengths), 9)
+    *packed, _ = packed_update(model, batch, videos, tight(batch), corrects_sampler=False, **settings)
     forwarded = torch.tensor(batch.has_signal)[:, None] & batch.rollout.completion_mask
     expected = (*expected[:2], expected[2] * forwarded.flatten())
     assert_equal_updates(packed, expected)

@@ -18,6 +18,7 @@ from fastr1.config.checks import check_config
 from fastr1.models import VideoLanguageModel, load_model
 from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.schema import Batch, DataError
+from fastr1.training.distributed import DistributedModel
 from fastr1.training.grpo import GRPOTrainer, run_grpo
 from fastr1.training.visual import VisualTokens
 from fastr1_kernels import grpo_loss, selective_log_softmax
@@ -50,7 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(fastr1.training.updates, "load_pixels", lambda args: 1)
     count(TinyLlavaVideo, "encode", lambda args: 1)
     count(TinyLlavaVideo, "connect", lambda args: len(args[1]))
-    count(VisualTokens, "backward", lambda args: 1)
+    count(DistributedModel, "backward_from", lambda args: 1)
     return seen
 
 
@@ -61,7 +62,30 @@ def test_every_video_is_decoded_encoded_and_connected_once(
 ) -> None:
     changes = {"model__freeze": freeze, "optim__max_tokens_per_micro_batch": budget}
     run_grpo(make_config(world, tmp_path, optim__max_steps=1, **changes))
-    assert seen == {"load_pixels": 4, "encode": 4, "connect": 4, "backward": 1}
+    num_backward = 0 if "connector" in freeze else 1
+    assert seen == Counter(load_pixels=4, encode=4, connect=4, backward_from=num_backward)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "encoded", "connected", "backward"),
+    [
+        (("vision_tower",), 4, 8, 2),
+        (("vision_tower", "connector"), 4, 4, 0),
+        ((), 8, 8, 2),
+    ],
+    ids=["frozen tower", "frozen tower and connector", "all trained"],
+)
+def test_further_steps_run_again_what_is_trained(
+    world: Path,
+    tmp_path: Path,
+    seen: Counter[str],
+    freeze: tuple[str, ...],
+    encoded: int,
+    connected: int,
+    backward: int,
+) -> None:
+    run_grpo(make_config(world, tmp_path, optim__max_steps=1, grpo__num_iterations=2, model__freeze=freeze))
+    assert seen == Counter(load_pixels=4, encode=encoded, connect=connected, backward_from=backward)
 
 
 def test_reference_has_a_connector_of_its_own_where_that_is_trained(
@@ -73,6 +97,9 @@ def test_reference_has_a_connector_of_its_own_where_that_is_trained(
     frozen = {"model__freeze": ("vision_tower", "connector")}
     run_grpo(make_config(world, tmp_path / "frozen", optim__max_steps=1, grpo__beta=0.1, **frozen))
     assert (seen["encode"], seen["connect"]) == (4, 4)
+    seen.clear()
+    run_grpo(make_config(world, tmp_path / "tower", optim__max_steps=1, grpo__beta=0.1, model__freeze=()))
+    assert (seen["encode"], seen["connect"]) == (8, 8)  # from the pixels: its tower is the initial one
 
 
 # Several steps of the optimizer per rollout

@@ -14,6 +14,7 @@ from twin_toys import pack, padded_logits
 from fastr1.models import DecoderLayout, VideoLanguageModel
 from fastr1.models.packed_backends import batches
 from fastr1.models.tinyllava import TinyLlavaProcessor, build_model
+from fastr1.training.passes import completion_states
 from fastr1_kernels import grpo_loss, linear_grpo_loss
 
 GROUP, PROMPTS = 6, 3
@@ -55,8 +56,7 @@ class Step:
     def packed(self) -> None:
         flat, device = self.ids.flatten(), torch.device("cpu")
         width = self.mask.shape[1]
-        inputs = flat[self.micro_batch.places(width, device, inputs=True)]
-        states = self.model.completion_states(self.prompts, self.tokens, inputs, self.micro_batch.layout)
+        states = completion_states(self.model, self.micro_batch, self.prompts, self.tokens, self.ids)
         weight, bias = self.model.head
         out = linear_grpo_loss(
             states,
@@ -85,7 +85,7 @@ def bound_of_bytes(step: Step, head_is_trained: bool) -> int:
     layout = step.model.layout
     key_values = layout.num_kv_heads * layout.head_dim
     per_layer = 8 * layout.hidden_size + 2 * key_values + 4 * layout.intermediate_size
-    num_tokens, num_rows = step.micro_batch.num_tokens, sum(step.lengths)
+    num_tokens, num_rows = step.micro_batch.layout.num_tokens, sum(step.lengths)
     numbers = num_tokens * layout.num_layers * per_layer + 6 * num_tokens * layout.hidden_size
     numbers += 3 * num_rows * layout.hidden_size + CHUNK * layout.vocab_size
     numbers += sum(p.numel() for p in step.model.decoder.layers.parameters())
@@ -109,6 +109,23 @@ def test_peak_bytes_are_those_of_activations_and_one_chunk_of_logits(trained: bo
     logits = 4 * len(step.lengths) * step.mask.shape[1] * VOCABULARY
     assert padded > 2 * peak
     assert padded - peak > logits
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_what_one_of_them_needs() -> None:
+    model, processor = wide_model()
+    model.freeze(["vision_tower", "connector"])
+    step = Step(model, processor)
+    step.packed()
+    peaks = []
+    for recomputes in (False, True):
+        if recomputes:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        peaks.append(peak_bytes(step.packed))
+    layout = model.layout
+    # of what two norms and the gated unit of every layer but one keep: 4·F alone
+    spared = 4 * step.micro_batch.layout.num_tokens * (layout.num_layers - 1) * 4 * layout.intermediate_size
+    assert peaks[0] - peaks[1] > spared
 
 
 def flops_of_parameters(layout: DecoderLayout) -> int:
@@ -143,18 +160,17 @@ COUNTED = {  # operators that torch's counter does not know
 
 
 def test_operations_are_those_of_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "MAX_PADDED", 0)  # on a CPU short completions are padded to the next 16 tokens
+    monkeypatch.setattr(batches, "MAX_PADDED", 0)  # dense kernels pad short completions to the next 16 tokens
     model, processor = wide_model()
     model.freeze(["vision_tower", "connector"])
     step = Step(model, processor)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         step.packed()
     layout, num_rows = model.layout, sum(step.lengths)
-    assert step.micro_batch.num_tokens == sum(step.micro_batch.prompt_lengths) + num_rows - len(step.lengths)
-    body = 3 * flops_of_parameters(layout) * step.micro_batch.num_tokens
+    # the first layer's input needs a gradient: the embedding is trained
+    body = 3 * flops_of_parameters(layout) * step.micro_batch.layout.num_tokens
     head = 3 * 2 * num_rows * layout.hidden_size * layout.vocab_size
     attention = flops_of_attention(step) * 7 // 2
-    # the first layer's input needs a gradient: the embedding is trained
     assert counter.get_total_flops() == pytest.approx(body + head + attention, rel=0.01)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as unshared:
         step.padded()

@@ -1,9 +1,10 @@
 """What computes one part of packed attention, each with its log-sum-exp and a backward that takes another's.
 
-A backend offers two functions of a `Part`, on tokens one after another, without dropout:
+A backend offers `HEAD_DIM_MULTIPLE`, of which its d is a multiple, and two functions of a `Part`, on tokens one after
+another, without dropout:
 
     forward(query (Tq, H, d), key (Tk, Hkv, d), value (Tk, Hkv, d), part, scale)
-        → output (Tq, H, d), lse (H, Tq) float32
+        → output (Tq, H, d), lse (H, Tq) float32, float64 for float64
     backward(grad_output, query, key, value, output, lse, part, scale)
         → gradients of query, key and value; those of keys that nothing asks for may be anything
 

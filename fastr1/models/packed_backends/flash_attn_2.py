@@ -1,4 +1,4 @@
-"""Packed attention with flash-attn 2 (2.7 or later): CUDA from compute capability 8.0 on, half precision."""
+"""Packed attention with flash-attn 2 (2.7 or later): CUDA of compute capability 8, 9, 10 and 12, half precision."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def forward(
     part: Part,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Tq, H, d), (H, Tq)
-    """Output and log-sum-exp of one part, those of a prompt without queries left out."""
+    """Output and log-sum-exp of one part."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
     for batch in batches(part, query.device):
