@@ -1,8 +1,8 @@
 """Whole updates: clips, tower, rollout, reference, gradients, optimizer; without rewards and without DeepSpeed.
 
-The rollout draws as many tokens as the longest completion has, which is what a batch of them takes; then the case's own
-completions take their place, so that every provider computes the same gradients. The optimizer is AdamW with a learning
-rate of 0, its moments in the dtype of the parameters.
+In the rollout every completion ends at its own length; in that of before, which decoded all until the last had ended,
+none does. Then the case's own completions take the place of those drawn, so that every provider computes the same
+gradients. The optimizer is AdamW with a learning rate of 0, its moments in the dtype of the parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from update_passes import (
 from update_work import Work
 
 from fastr1.models import VideoLanguageModel
-from fastr1.rollout import SamplingParams, sample_completions
+from fastr1.rollout import SamplingParams, eager, sample_completions
+from fastr1.rollout.noise import completion_keys
+from fastr1.schema import Rollout
 from fastr1_kernels import grpo_loss
 
 # Completions end by their length alone.
@@ -42,8 +44,9 @@ def update_packed(work: Work) -> float:
     with work.phase("vision"):
         features = [encode(model, video) for video in pixels]
         visual = see(work, features)
-    with work.phase("rollout"):
-        sample(model, batch.prompt_ids, visual.detached, max(batch.lengths), work.case.num_generations)
+    ends = ending_at(batch.lengths, work.case.num_generations, model.layout.vocab_size - 1)
+    with work.phase("rollout"), ends as processor:
+        sample(model, batch.prompt_ids, visual.detached, max(batch.lengths), work.case.num_generations, processor)
     if work.reference is not None:
         with work.phase("reference"), torch.no_grad():
             # The reference's connector is the initial one.
@@ -135,11 +138,39 @@ def encode(model: VideoLanguageModel, video: Tensor) -> Tensor:
 
 
 def sample(
-    model: VideoLanguageModel, prompt_ids: Sequence[Tensor], tokens: Sequence[Tensor], length: int, group: int
-) -> None:
-    """Completions of `length` tokens."""
-    sample_completions(model.eval(), ENDLESS, prompt_ids, tokens, SamplingParams(length), num_generations=group)
+    model: VideoLanguageModel,
+    prompt_ids: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    length: int,
+    group: int,
+    processor: Any = ENDLESS,
+) -> Rollout:
+    """Completions of at most `length` tokens."""
+    rollout = sample_completions(
+        model.eval(), processor, prompt_ids, tokens, SamplingParams(length), num_generations=group
+    )
     model.train()
+    return rollout
+
+
+@contextmanager
+def ending_at(lengths: Sequence[int], group: int, end_id: int) -> Iterator[Any]:
+    """A processor whose end token is drawn at these lengths, one for every row of a rollout, and nowhere else."""
+    draw, keys = eager._draw, completion_keys(0, range(len(lengths) // group), group)
+
+    def forced(
+        logits: Tensor, params: SamplingParams, warpers: Any, row_keys: Tensor, position: int
+    ) -> tuple[Tensor, Tensor]:
+        token, logp = draw(logits, params, warpers, row_keys, position)
+        row = (row_keys[:, None] == keys.to(row_keys.device)).int().argmax(dim=1)
+        is_last = torch.tensor(lengths, device=row.device)[row] == position + 1
+        return torch.where(is_last, end_id, torch.where(token == end_id, 0, token)), logp
+
+    eager._draw = forced
+    try:
+        yield SimpleNamespace(end_token_ids=(end_id,), pad_token_id=0, decode=lambda ids: "")
+    finally:
+        eager._draw = draw
 
 
 def step(work: Work, loss: float) -> float:

@@ -1,4 +1,5 @@
-"""Sample completions from the trainer's own model: prompts prefilled once, all completions decoded together.
+"""Sample completions from the trainer's own model: prompts prefilled once, all completions decoded together, and those
+that have ended left out as soon as they are half of what is decoded.
 
 A draw is argmax(logits/temperature + Gumbel noise), and the noise is a hash of (seed, prompt key, completion index,
 position, token). So a completion does not depend on the other prompts in the batch, their order, or the number of
@@ -54,22 +55,33 @@ def sample_completions(
     row_keys = row_keys.to(embeds.device)
     warpers = _build_warpers(params)
     end_ids = torch.tensor(processor.end_token_ids, device=embeds.device)
-    finished = torch.zeros(mask.shape[0], dtype=torch.bool, device=embeds.device)
-    ids, masks, logps = [], [], []
+    shape = (len(row_keys), params.max_completion_length)
+    completion_ids = torch.full(shape, processor.pad_token_id, device=embeds.device)
+    completion_mask = torch.zeros(shape, dtype=torch.bool, device=embeds.device)
+    logps = torch.zeros(shape, device=embeds.device)
+    rows = torch.arange(len(row_keys), device=embeds.device)  # that are decoded; those that ended leave by halves
+    has_ended = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(params.max_completion_length):
         token, logp = _draw(model.project(hidden)[:, -1].float(), params, warpers, row_keys, step)
-        ids.append(torch.where(finished, processor.pad_token_id, token))
-        masks.append(~finished)
-        logps.append(torch.where(finished, 0.0, logp))
-        finished = finished | torch.isin(token, end_ids)
-        if step + 1 == params.max_completion_length or bool(finished.all()):
+        token = torch.where(has_ended, processor.pad_token_id, token)
+        completion_ids[rows, step] = token
+        completion_mask[rows, step] = ~has_ended
+        logps[rows, step] = torch.where(has_ended, 0.0, logp)
+        has_ended = has_ended | torch.isin(token, end_ids)
+        num_open = int((~has_ended).sum())
+        if step + 1 == params.max_completion_length or num_open == 0:
             break
+        if num_open <= len(rows) // 2:
+            kept = (~has_ended).nonzero().flatten()
+            cache.batch_select_indices(kept)
+            rows, row_keys, mask, token, has_ended = (x[kept] for x in (rows, row_keys, mask, token, has_ended))
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        hidden = model.extend(ids[-1][:, None], mask, cache)
-    completion_ids = torch.stack(ids, dim=1)
-    completion_mask = torch.stack(masks, dim=1)
+        hidden = model.extend(token[:, None], mask, cache)
+    completion_ids, completion_mask, logps = (x[:, : step + 1] for x in (completion_ids, completion_mask, logps))
+    is_truncated = torch.zeros(shape[0], dtype=torch.bool, device=embeds.device)
+    is_truncated[rows] = ~has_ended
     texts = [processor.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), completion_mask.cpu(), strict=True)]
-    return Rollout(completion_ids, completion_mask, torch.stack(logps, dim=1), ~finished, texts)
+    return Rollout(completion_ids, completion_mask, logps, is_truncated, texts)
 
 
 def _build_warpers(params: SamplingParams) -> LogitsProcessorList:

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from trainer_toys import build_model, build_tokenizer
+
+from fastr1.models.tinyllava import TinyLlavaProcessor
 
 # The benches are no package. At the end of the path: a conftest is there too.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 update_work = pytest.importorskip("update_work", reason="bench/ is not there")
 update_shapes = pytest.importorskip("update_shapes")
+update_steps = pytest.importorskip("update_steps")
 bench = pytest.importorskip("test_step")
 
 TINY = replace(
@@ -113,3 +117,21 @@ def test_the_full_size_is_that_of_the_paper(case: Any, monkeypatch: pytest.Monke
     assert model.dtype is torch.bfloat16
     tokens = model.visual_tokens([torch.empty(case.num_frames, 3, 384, 384, device="meta", dtype=torch.bfloat16)])
     assert tokens[0].shape == (case.num_queries, 2048)
+
+
+def test_rollout_ends_where_it_is_told_and_leaves_ended_rows_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    processor = TinyLlavaProcessor(tokenizer, model.config)
+    prompts = [processor.prompt_ids(f"Why{'?' * i}", instruction="") for i in range(2)]
+    lengths = [3, 9, 1, 5, 2, 12]
+    decoded = []
+    extend = type(model).extend
+    monkeypatch.setattr(type(model), "extend", lambda *a: decoded.append(len(a[1])) or extend(*a))
+    with torch.no_grad():
+        tokens = model.visual_tokens([torch.zeros(4, 3, 28, 28)] * 2)
+    with update_steps.ending_at(lengths, 3, end_id=5) as forced:
+        rollout = update_steps.sample(model, prompts, tokens, 20, 3, forced)
+    assert rollout.completion_mask.sum(dim=1).tolist() == lengths
+    assert not rollout.is_truncated.any()
+    assert decoded == [6, 6, 3, 3, 3, 3, 3, 3, 1, 1, 1]
