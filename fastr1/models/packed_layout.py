@@ -59,7 +59,9 @@ class Part:
 
     @cached_property
     def max_query_length(self) -> int:
-        return max(self.query_lengths)
+        """A bound, 2 or more: told 1, ragged flash kernels rearrange the queries as those of a decoding step, one in
+        every segment, and their log-sum-exps come back in another order."""
+        return max(2, *self.query_lengths)
 
     @cached_property
     def max_key_length(self) -> int:

@@ -33,13 +33,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers.optimization import get_scheduler
 
-from fastr1.config import OptimConfig, check_value
+from fastr1.config import OptimConfig
 from fastr1.training.agreement import agreement, collected_write_errors, on_every_rank
 from fastr1.training.deepspeed_config import check_deepspeed_keys, complete_config
 from fastr1.training.launch import STORE_FD
+from fastr1.training.schedule import build_scheduler
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
@@ -64,8 +63,8 @@ class DistributedModel:
         dtype: torch.float32, or torch.bfloat16 with fp32 master weights (ZeRO stages 1 to 3).
         num_steps: optimizer steps of the whole run, the length of the schedule.
 
-    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself), is_updating (inside an
-    update, or after one that failed half-way).
+    Attributes: rank, world_size, device, zero_stage, dtype, optim, module (the model itself), is_updating (a step
+    was applied, or failed half-way, since the last `finish_update`).
     Raises: DistributedError without a trainable parameter; what `build_deepspeed_config` raises.
     """
 
@@ -94,7 +93,7 @@ class DistributedModel:
         self._num_micro_steps = 0
         self._gather_depth = 0
         self._stage_0_norm = math.nan
-        self.is_updating = False
+        self.finish_update()
 
         optimizer = torch.optim.AdamW(
             trainable,
@@ -107,7 +106,7 @@ class DistributedModel:
         if self.zero_stage == 0:
             # Runs between DeepSpeed's all-reduce and the update; DeepSpeed itself reports no norm at stage 0.
             optimizer.register_step_pre_hook(self._clip_at_stage_0)
-        self._scheduler = _build_scheduler(optimizer, optim, num_steps)
+        self._scheduler = build_scheduler(optimizer, optim, num_steps)
         made = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=self._scheduler, config=config)
         self._engine = made[0]
 
@@ -117,13 +116,15 @@ class DistributedModel:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro-step's loss, a scalar that already carries the global denominator."""
+        if self.zero_stage == 2:
+            self._engine.optimizer.setup_buckets()  # missed at the end of a backward that reaches no parameter
         # DeepSpeed averages over ranks; the factor turns the mean back into the sum.
         self._engine.backward(loss * self.world_size)
         self._num_micro_steps += 1
 
     def backward_from(self, outputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
         """Go on backwards from tensors that `__call__` returned, with gradients that came from `backward`."""
-        # The value means nothing. The gradients are the given ones, of the sum over ranks already.
+        # The value means nothing; the gradients are the given ones, of the sum over ranks already.
         self._engine.backward(sum((x.float() * g).sum() for x, g in zip(outputs, grads, strict=True)))
 
     def step(self) -> float:
@@ -138,19 +139,24 @@ class DistributedModel:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() if self.zero_stage > 0 else self._stage_0_norm)
         self._require_finite(norm)
-        self.is_updating = False
+        if self.zero_stage == 3:  # the first backward of the next overwrites its part of it, the others add to it
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._has_stepped = True
         return norm
+
+    def finish_update(self) -> None:
+        """What was trained since the last call is an update, to be kept as one."""
+        self.is_updating = self._has_stepped = False
 
     def _clip_at_stage_0(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         limit = self.optim.max_grad_norm or math.inf
-        gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
-        self._stage_0_norm = nn.utils.get_total_norm(gradients).item()
+        self._stage_0_norm = nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None]).item()
         self._require_finite(self._stage_0_norm)
         nn.utils.clip_grads_with_norm_(self._trainable, limit, torch.tensor(self._stage_0_norm))
 
     def _require_finite(self, norm: float) -> None:
         if not math.isfinite(norm):
-            self.is_updating = False
+            self.is_updating = self._has_stepped
             error = NonFiniteGradientError(
                 f"the gradient norm is {norm} and the update was not applied; resume from the last checkpoint "
                 "with a lower optim.learning_rate, named in run.allow_changed, or look for a non-finite reward or "
@@ -342,9 +348,3 @@ def build_deepspeed_config(user: dict[str, Any], optim: OptimConfig, dtype: torc
     _quieten_deepspeed()
     check_deepspeed_keys(complete, DeepSpeedConfig, DeepSpeedConfigModel)
     return complete
-
-
-def _build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int) -> LambdaLR:
-    check_value("optim.lr_scheduler_type", optim.lr_scheduler_type)
-    name = {"constant": "constant_with_warmup"}.get(optim.lr_scheduler_type, optim.lr_scheduler_type)
-    return get_scheduler(name, optimizer, math.ceil(num_steps * optim.warmup_ratio), num_steps)

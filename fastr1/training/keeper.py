@@ -63,6 +63,7 @@ class Keeper:
 
     def finished(self, step: int) -> None:
         """Update `step` was applied: note all that a checkpoint of it needs and that later work will change."""
+        self._distributed.finish_update()
         self.step, self._is_saved, self._has_failed = step, False, False
         self._state = copy.deepcopy(self._trainer_state())
         self._random = random_state(self._distributed)

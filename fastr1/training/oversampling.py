@@ -22,7 +22,7 @@ def draw_places(
 ) -> list[tuple[int, int]]:
     """(index of a sample, key of its draws) of `number` further prompts of all ranks, each sample at most once while
     there are enough. Keys are negative: those of the order are not."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + attempt)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_009 + attempt) % 2**63)
     rounds = -(-number // num_samples)
     indices = torch.cat([torch.randperm(num_samples, generator=generator) for _ in range(rounds)])[:number].tolist()
     first = -1 - (step * 1_000 + attempt) * prompts_per_update
@@ -53,7 +53,12 @@ def refill(batch: Batch, more: Batch, chosen: Sequence[int], pad_token_id: int) 
     def completions(name: str) -> list[T]:
         return pick([*getattr(batch, name), *getattr(more, name)], rows)
 
-    parts = {name: [*values, *more.scored.parts.get(name, [])] for name, values in batch.scored.parts.items()}
+    # The parts that a reward function returns may differ between calls; what has no value everywhere is left out.
+    parts = {
+        name: [*values, *more.scored.parts[name]]
+        for name, values in batch.scored.parts.items()
+        if name in more.scored.parts
+    }
     return Batch(
         samples=prompts("samples"),
         prompt_ids=prompts("prompt_ids"),

@@ -7,7 +7,7 @@ the largest group first, into the first micro-batch with room for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -135,10 +135,13 @@ class Ranks(Protocol):
     def gather_objects(self, value: Any) -> list[Any]: ...
 
 
-def keep_step(ranks: Ranks, micro_batches: list[MicroBatch], prompt_lengths: Sequence[int]) -> list[MicroBatch]:
-    """As many micro-batches on every rank, one at least: what is missing are blank ones, of the shortest prompt and
-    one token. Backward passes communicate under ZeRO stages 2 and 3. All ranks call it."""
+def keep_step(
+    ranks: Ranks, micro_batches: list[MicroBatch], prompt_lengths: Sequence[int], prompts: Iterable[int]
+) -> list[MicroBatch]:
+    """As many micro-batches on every rank, one at least: what is missing are blank ones, of one token and the shortest
+    of `prompts`, whose videos have a gradient. Backward passes communicate under ZeRO stages 2 and 3. All ranks call
+    it."""
     missing = max(1, *ranks.gather_objects(len(micro_batches))) - len(micro_batches)
-    shortest = min(range(len(prompt_lengths)), key=prompt_lengths.__getitem__)
+    shortest = min(prompts, key=prompt_lengths.__getitem__)
     blank = MicroBatch((shortest,), ((0,),), ((1,),), (prompt_lengths[shortest],), is_blank=True)
     return [*micro_batches, *[blank] * missing]

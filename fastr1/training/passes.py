@@ -38,9 +38,8 @@ def plan_steps(batch: Batch, ranks: Ranks, *, prompts_per_step: int, max_tokens:
         prompts = range(start, min(start + prompts_per_step, num_prompts))
         rows = range(start * group, prompts.stop * group)
         trained = {p: [r for r in range(p * group, (p + 1) * group) if batch.has_signal[r]] for p in prompts}
-        micro_batches = keep_step(
-            ranks, pack_groups(batch.prompt_lengths, trained, batch.lengths, max_tokens), batch.prompt_lengths
-        )
+        packed = pack_groups(batch.prompt_lengths, trained, batch.lengths, max_tokens)
+        micro_batches = keep_step(ranks, packed, batch.prompt_lengths, prompts)
         num_loss_tokens = sum(batch.lengths[row] for row in rows if batch.is_counted[row])
         num_sequences = sum(batch.is_valid[prompts.start : prompts.stop]) * group
         steps.append(OptimizerStep(prompts, micro_batches, num_loss_tokens, num_sequences))

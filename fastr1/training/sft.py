@@ -95,7 +95,7 @@ class SftTrainer:
         budget = self.run.config.optim.max_tokens_per_micro_batch
         with agreement(self.distributed):
             micro_batches = pack_groups(prompt_lengths, usable, lengths, budget)
-        return keep_step(self.distributed, micro_batches, prompt_lengths)
+        return keep_step(self.distributed, micro_batches, prompt_lengths, range(len(prompt_lengths)))
 
 
 def num_rows_and_tokens(micro_batch: MicroBatch) -> torch.Tensor:

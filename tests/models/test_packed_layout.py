@@ -66,3 +66,9 @@ def test_tensors_are_made_once() -> None:
 def test_impossible_lengths_are_refused(prompts: list[int], completions: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PackedLayout(prompts, completions)
+
+
+def test_single_queries_are_not_announced_as_a_decoding_step() -> None:
+    layout = PackedLayout([3, 4, 2], [[1, 0], [0], [0, 1]])
+    assert layout.prefix.query_lengths == (1, 0, 1)
+    assert layout.prefix.max_query_length == 2

@@ -191,6 +191,19 @@ def test_zero_stages_give_the_same_update(world: Path, plain: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("freeze", [("vision_tower",), ("vision_tower", "language_model"), ()])
+def test_zero_stages_agree_where_videos_have_a_backward_of_their_own(
+    world: Path, tmp_path: Path, freeze: tuple[str, ...]
+) -> None:
+    """After several micro-batches, of several updates: nothing is left over from the last one."""
+    settings = {"model__freeze": freeze, "optim__max_steps": 3, "optim__max_tokens_per_micro_batch": 150}
+    runs = {stage: {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)} | {3: ZERO_3}
+    after = {stage: train(world, tmp_path / str(stage), deepspeed=zero, **settings) for stage, zero in runs.items()}
+    assert largest_change(after[0], exported(world / "base"), "connector") > 1e-4
+    for stage in (1, 2, 3):
+        assert_same(after[stage], after[0])
+
+
 def test_zero_3_gathers_once_around_vision_rollout_and_evaluation(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_places_are_repeatable_distinct_and_apart_from_the_order() -> None:
     assert set(keys.values()) == {1}
     assert places != draw_places(6, 4, **{**draw, "attempt": 2})
     assert sorted(Counter(index for index, _ in draw_places(2, 5, **draw)).values()) == [2, 3]
+    assert len(draw_places(6, 4, **{**draw, "seed": 2**63 - 1})) == 4
 
 
 def test_choice_keeps_what_has_a_signal() -> None:
@@ -82,6 +83,24 @@ def test_tries_are_bounded_and_what_stays_is_counted(
     run_grpo(make_config(world, tmp_path, optim__max_steps=1, grpo__max_num_gen_batches=3))
     (row,) = metrics_of(tmp_path)
     assert (len(drawn), row["extra_groups"], row["groups_without_signal"]) == (12, 8, 4)
+
+
+def test_parts_of_rewards_that_are_not_everywhere_are_left_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def rewards(completions: list[str], solutions: list[str], samples: Any) -> dict[str, list[float]]:
+        calls.append(len(completions))
+        values = [float(i % 3 == 0 and len(calls) > 1) for i in range(len(completions))]
+        return {"reward": values, "always": values, f"in call {len(calls)}": values}
+
+    monkeypatch.setattr("trainer_toys.vowel_reward", rewards)
+    run_grpo(make_config(world, tmp_path, optim__max_steps=1, grpo__max_num_gen_batches=2))
+    (row,) = metrics_of(tmp_path)
+    name = "rewards/trainer_toys:vowel_reward"
+    assert {key for key in row if key.startswith("rewards/")} == {name, f"{name}/always"}
+    assert row["groups_without_signal"] == 0
 
 
 def test_replaced_group_trains_as_if_it_had_been_drawn_at_first(

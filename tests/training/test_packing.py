@@ -98,8 +98,13 @@ def test_ranks_take_as_many_micro_batches_as_the_one_with_most(mine: int, other:
     batches = pack_groups([9, 3], {i: [i] for i in range(mine)}, [2, 2], 12)[:mine]
     if mine == 2:
         batches = [*pack_groups([9], {0: [0]}, [2], 12), *pack_groups([9, 3], {1: [1]}, [2, 2], 12)]
-    together = keep_step(Ranks(other), batches, [9, 3])
+    together = keep_step(Ranks(other), batches, [9, 3], range(2))
     assert together[: len(batches)] == batches
     assert [batch.is_blank for batch in together] == [False] * len(batches) + [True] * blank
     for batch in together[len(batches) :]:
         assert (batch.prompts, batch.layout.num_tokens, batch.row_lengths) == ((1,), 3, [1])
+
+
+def test_blank_micro_batch_is_of_the_prompts_named() -> None:
+    (blank,) = keep_step(Ranks(0), [], [2, 9, 3], range(1, 3))
+    assert (blank.prompts, blank.prompt_lengths) == ((2,), (3,))

@@ -146,6 +146,26 @@ def test_non_finite_gradient(
     assert_goes_on_like(same_stage, world, output, **zero)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_non_finite_gradient_after_a_step_of_the_same_update(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_scoring: Any, stage: int
+) -> None:
+    """What is in memory is no update then: the second one was half applied."""
+    losses: list[int] = []
+    compute_loss = fastr1.training.grpo.compute_loss
+
+    def explode(*args: Any, **kwargs: Any) -> Any:
+        out = compute_loss(*args, **kwargs)
+        losses.append(1)
+        return out._replace(loss=out.loss * torch.nan) if len(losses) == 4 else out
+
+    monkeypatch.setattr(fastr1.training.grpo, "compute_loss", explode)
+    twice = {"grpo__num_iterations": 2, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    with pytest.raises(NonFiniteGradientError, match=r"Update 1 could not be saved \(the next one is half done\)"):
+        run_grpo(settings(world, tmp_path, **twice))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_error_of_a_library(
     world: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, before_scoring: Any

@@ -198,6 +198,24 @@ def test_steps_on_one_rollout_are_those_of_a_plain_loop(
     assert row["clip_low"] + row["clip_high"] > 0
 
 
+@pytest.mark.parametrize("zero", [{"zero_optimization": {"stage": s}} for s in (1, 2)] + [ZERO_3], ids=["1", "2", "3"])
+def test_step_without_signal_where_videos_alone_are_trained(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: dict[str, Any]
+) -> None:
+    """The blank micro-batch of the second step is of a prompt whose video has a gradient in that step."""
+
+    def rewards(completions: list[str], solutions: list[str], samples: Any) -> list[float]:
+        return [float(i % 3 == 0) if i < 6 else 1.0 for i in range(len(completions))]  # of the first half alone
+
+    monkeypatch.setattr("trainer_toys.vowel_reward", rewards)
+    halves = {"optim__per_device_train_batch_size": 2, "grpo__steps_per_generation": 2}
+    frozen = {"model__freeze": ("vision_tower", "language_model")}
+    run_grpo(make_config(world, tmp_path, optim__max_steps=1, deepspeed=zero, **halves, **frozen))
+    (row,) = metrics_of(tmp_path)
+    assert row["groups_without_signal"] == 2
+    assert row["grad_norm"] > 0
+
+
 def test_schedule_counts_steps_of_the_optimizer(world: Path, tmp_path: Path) -> None:
     schedule = {"optim__lr_scheduler_type": "linear", "optim__max_steps": 2, "grpo__num_iterations": 2}
     run_grpo(make_config(world, tmp_path, **schedule))
