@@ -192,3 +192,19 @@ def test_frozen_head_makes_no_gradient_of_its_weight() -> None:
         totals.append(counter.get_total_flops())
     layout = model.layout
     assert totals[0] - totals[1] == 2 * sum(step.lengths) * layout.hidden_size * layout.vocab_size
+
+
+def test_checkpointed_tower_keeps_its_layers_inputs_alone() -> None:
+    peaks = []
+    for recomputes in (False, True):
+        model, _ = wide_model()
+        if recomputes:
+            model.enable_gradient_checkpointing()
+        pixels = torch.randn(32, 3, 28, 28)
+
+        def see(model: VideoLanguageModel = model, pixels: torch.Tensor = pixels) -> Any:
+            return model.encode(pixels)
+
+        see()
+        peaks.append(peak_bytes(see))
+    assert peaks[1] < 0.6 * peaks[0]

@@ -92,6 +92,12 @@ class TinyLlavaVideo(VideoLanguageModel):
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.language_model.lm_head.weight, None
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Also the layers of the tower, whose graph is kept for all videos of an update where it is trained."""
+        super().enable_gradient_checkpointing()
+        tower = self.vision_tower.vision_model
+        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tower only: (F, 3, S, S) → patch features (F, patches − 1, vision_dim)."""
         features: torch.Tensor = self.vision_tower(pixels.to(self.dtype))
