@@ -185,10 +185,48 @@ def _loading_cell(row: Row | None) -> str:
     return f"{row['median_ms']:,.0f}"
 
 
+def step_table(root: Path) -> str:
+    """Every way to take an update, over ours; the cases of the last run on one device."""
+    rows = _read(root, "step")
+    shown = [
+        row for row in rows if all(row[key] == rows[-1][key] for key in ("device", "commit")) and "median_ms" in row
+    ]
+    cases: dict[str, dict[str, Row]] = {}
+    for row in shown:
+        cases.setdefault(_step_case(row), {})[row["provider"]] = row
+    spreads = sorted(providers["ours"]["spread"] for providers in cases.values())
+    row = rows[-1]
+    caption = (
+        f"Times over ours and peak memory ({row['device']}, {row['threads']} threads, {row['dtype']}); loss and all "
+        f"gradients agree; two measurements of ours differ by {spreads[0]:.0%} to {spreads[-1]:.0%}; commit {row['commit'][:10]}."
+    )
+    lines = [textwrap.fill(caption, 120), "", "| | time | over ours | peak memory |", "|---|---|---|---|"]
+    for name, providers in cases.items():
+        lines.append(f"| **{name}** | | | |")
+        lines += [_step_line(provider, row) for provider, row in providers.items()]
+    return "\n".join(lines)
+
+
+def _step_case(row: Row) -> str:
+    shape, what = row["shape"], {"train": "train", "reference": "reference pass", "update": "whole update"}[row["op"]]
+    lengths = f"{shape['mean_length']} tokens" + f" (longest {shape['max_length']})" * (
+        shape["max_length"] > shape["mean_length"]
+    )
+    prompts = f"{shape['num_prompts']} prompt{'s' * (shape['num_prompts'] > 1)} of {shape['prompt_length']}"
+    video = "" if shape["num_frames"] else ", no video"
+    return f"{what}: {prompts} × {shape['num_generations']} completions of {lengths}{video}"
+
+
+def _step_line(provider: str, row: Row) -> str:
+    memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+    return f"| {provider} | {row['median_ms']:,.0f} ms | {row['time_over_ours']:.2f} × | {memory} |"
+
+
 SECTIONS: Mapping[str, Callable[[Path], str]] = {
     "demo:headline": demo_headline,
     "demo:table": demo_table,
     "loading:table": loading_table,
+    "step:table": step_table,
 }
 
 
