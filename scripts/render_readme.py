@@ -198,7 +198,8 @@ def step_table(root: Path) -> str:
     row = rows[-1]
     caption = (
         f"Times over ours and peak memory ({row['device']}, {row['threads']} threads, {row['dtype']}); loss and all "
-        f"gradients agree; two measurements of ours differ by {spreads[0]:.0%} to {spreads[-1]:.0%}; commit {row['commit'][:10]}."
+        f"gradients agree; two measurements of ours differ by {spreads[0]:.0%} to {spreads[-1]:.0%}; commit "
+        f"{row['commit'][:10]}."
     )
     lines = [textwrap.fill(caption, 120), "", "| | time | over ours | peak memory |", "|---|---|---|---|"]
     for name, providers in cases.items():
