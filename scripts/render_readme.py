@@ -87,7 +87,7 @@ def _caption(runs: Sequence[Row]) -> str:
     """What was measured and how."""
     last = runs[-1]
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    minutes = sorted(sum(run["seconds"].values()) / 60 for run in runs)
+    minutes = sorted(f"{sum(run['seconds'].values()) / 60:.1f}" for run in runs)
     machine = last["device"].replace("cpu", "CPU")
     threads = (
         f"{last['threads']} thread{'s' * (last['threads'] > 1)} on {last['cores']} core{'s' * (last['cores'] > 1)}"
@@ -95,7 +95,7 @@ def _caption(runs: Sequence[Row]) -> str:
     changed = " with local changes" * any(run["dirty"] for run in runs)
     text = (
         f"`make demo SEED=…`: correct answers, mean of {len(runs)} seeds ({seeds}) and their range; "
-        f"{last['num_questions']} held-out clips, {last['updates']} updates; {minutes[0]:.0f} to {minutes[-1]:.0f} "
+        f"{last['num_questions']} held-out clips, {last['updates']} updates; {minutes[0]} to {minutes[-1]} "
         f"minutes per seed ({machine}, {threads}, torch {last['torch']}); commit {last['commit'][:7]}{changed}, "
         f"{max(run['date'] for run in runs)[:10]}."
     )
