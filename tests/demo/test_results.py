@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEADLINE = "<!-- demo:headline -->\nold\n<!-- /demo:headline -->\n"
 LOADING = "<!-- loading:table -->\nold\n<!-- /loading:table -->\n"
-README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}{LOADING}Kept.\n"
+STEP = "<!-- step:table -->\nold\n<!-- /step:table -->\n"
+README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}{LOADING}{STEP}Kept.\n"
 
 
 def load_script(name: str) -> ModuleType:
@@ -78,6 +79,7 @@ def root(tmp_path: Path) -> Path:
     for seed, after in enumerate((0.7, 0.8, 0.75)):
         recorder.record(write_run(tmp_path / str(seed), seed=seed, after=after), folder / "bench" / "results")
     write_loading(folder / "bench" / "results" / "loading.jsonl")
+    write_steps(folder / "bench" / "results" / "step.jsonl")
     assert renderer.main(["--root", str(folder)]) == 0
     return folder
 
@@ -99,6 +101,29 @@ def test_table_of_loading_shows_the_last_run_of_every_size(root: Path) -> None:
     text = (root / "README.md").read_text()
     assert "| | 480p | 720p |\n|---|---|---|\n| ours | 100 | 1,500 |\n| peer | 120 | (15%) |\n" in text
     assert "differ by 2%, 2%" in " ".join(text.split())
+
+
+def write_steps(path: Path) -> None:
+    """A run at an older commit, and the last: two cases, one peer that was skipped."""
+    shape = {"num_prompts": 8, "prompt_length": 122, "num_generations": 8, "mean_length": 28, "max_length": 64}
+    common = {"device": "CPU X", "threads": 2, "dtype": "float32", "spread": 0.05, "shape": {**shape, "num_frames": 8}}
+    timed = {"peak_bytes": 2**20 * 100, "time_over_ours": 1.0}
+    runs = [
+        {"commit": "d" * 40, "op": "train", "provider": "ours", "median_ms": 9.0, **timed},
+        {"commit": "e" * 40, "op": "train", "provider": "ours", "median_ms": 400.4, **timed},
+        {"commit": "e" * 40, "op": "train", "provider": "peer", "status": "skipped"},
+        {"commit": "e" * 40, "op": "update", "provider": "ours", "median_ms": 1500.0, **timed},
+        {"commit": "e" * 40, "op": "update", "provider": "peer", "median_ms": 3e3, **timed, "time_over_ours": 2.0},
+    ]
+    path.write_text("".join(json.dumps({**common, **run}) + "\n" for run in runs))
+
+
+def test_table_of_updates_shows_the_last_commit_in_ratios(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    case = "8 prompts of 122 × 8 completions of 28 tokens (longest 64)"
+    assert f"| **train: {case}** | | | |\n| ours | 400 ms | 1.00 × | 100 MiB |\n| **whole update" in text
+    assert "| peer | 3,000 ms | 2.00 × | 100 MiB |\n<!-- /step:table -->" in text
+    assert "differ by 5% to 5%" in " ".join(text.split())
 
 
 def rows(root: Path, name: str) -> list[dict[str, Any]]:
@@ -146,7 +171,7 @@ def test_table_shows_mean_and_range_over_the_seeds(root: Path) -> None:
     assert text.startswith("# Title\n\n<!-- demo:table -->\n`make demo SEED=…`")
     assert "**50.0 % → 7" in text.partition("<!-- demo:headline -->")[2]
     assert "<!-- /demo:headline -->\n<!-- loading:table -->" in text
-    assert text.endswith("<!-- /loading:table -->\nKept.\n")
+    assert text.endswith("<!-- /step:table -->\nKept.\n")
     for line in (
         "| all | 50.0 % | **75.0 %** (70.0–80.0) |",
         "| first | 25.0 % | 37.5 % (35.0–40.0) |",
@@ -157,7 +182,7 @@ def test_table_shows_mean_and_range_over_the_seeds(root: Path) -> None:
     ):
         assert f"\n{line}\n" in text
     caption = " ".join(text.split("\n\n")[1].split())
-    assert "mean of 3 seeds (0, 1, 2) and their range; 150 held-out clips, 4 updates; 6 to 8 minutes" in caption
+    assert "mean of 3 seeds (0, 1, 2) and their range; 150 held-out clips, 4 updates; 6.0 to 8.0 minutes" in caption
     assert "(CPU, 1 thread on 1 core, torch 2.13.0); commit aaaaaaa, 2026-11-25." in caption
 
 
