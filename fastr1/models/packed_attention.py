@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fastr1.config import ConfigError, check_value
 from fastr1.models.packed_backends import efficient, flash_attn_2, flash_attn_3, flash_attn_4, sdpa, varlen
+from fastr1.models.packed_backends.tensors import Inputs, Outputs
 from fastr1.models.packed_layout import PackedLayout
 
 logger = logging.getLogger(__name__)
@@ -120,44 +121,44 @@ class _PackedAttention(torch.autograd.Function):
         scale: float,
         backend: ModuleType,
     ) -> torch.Tensor:
-        head = layout.num_prompt_tokens
-        output, lse = backend.forward(query, key, value, layout.causal, scale)
+        head, inputs = layout.num_prompt_tokens, Inputs(query, key, value)
+        outputs = backend.forward(inputs, layout.causal, scale)
         if layout.num_tokens > head:
-            seen, seen_lse = backend.forward(query[head:], key[:head], value[:head], layout.prefix, scale)
-            _merge_(output[head:], lse[:, head:], seen, seen_lse)
-        ctx.save_for_backward(query, key, value, output, lse)
+            seen = backend.forward(Inputs(query[head:], key[:head], value[:head]), layout.prefix, scale)
+            _merge_(tail_of(outputs, head), seen)
+        ctx.save_for_backward(*inputs, *outputs)
         ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
-        return output
+        return outputs.output  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, output, lse = ctx.saved_tensors  # once: gradient checkpointing hands them out once
+        inputs, outputs = Inputs(query, key, value), Outputs(output, lse)
         layout, head = ctx.layout, ctx.layout.num_prompt_tokens
-        backward = ctx.backend.backward
-        grads = backward(grad_output, query, key, value, output, lse, layout.causal, ctx.scale)
+        grads = ctx.backend.backward(grad_output, inputs, outputs, layout.causal, ctx.scale)
         if layout.num_tokens > head:
-            tail = (grad_output[head:], query[head:], key[:head], value[:head], output[head:], lse[:, head:])
-            grad_query, *grads_head = backward(*tail, layout.prefix, ctx.scale)
-            grads[0][head:] += grad_query
-            for grad, share in zip(grads[1:], grads_head, strict=True):
+            tail = Inputs(query[head:], key[:head], value[:head])
+            shares = ctx.backend.backward(grad_output[head:], tail, tail_of(outputs, head), layout.prefix, ctx.scale)
+            grads.query[head:] += shares.query
+            for grad, share in zip(grads[1:], shares[1:], strict=True):
                 for unread in layout.unread_prompts:
                     share[unread] = 0
                 grad[:head] += share
         return *grads, None, None, None
 
 
-def _merge_(
-    output: torch.Tensor,  # (T, H, d)
-    lse: torch.Tensor,  # (H, T)
-    other: torch.Tensor,  # (T, H, d)
-    other_lse: torch.Tensor,  # (H, T)
-) -> None:
-    """Turn the output and lse of one part into those of both, in place."""
-    merged = torch.logaddexp(lse, other_lse)
-    weight, other_weight = ((x - merged).exp_().t()[..., None] for x in (lse, other_lse))
-    output.copy_(output * weight + other * other_weight)
-    lse.copy_(merged)
+def tail_of(outputs: Outputs, head: int) -> Outputs:
+    """The outputs of the completions, as views."""
+    return Outputs(outputs.output[head:], outputs.lse[:, head:])
+
+
+def _merge_(into: Outputs, other: Outputs) -> None:
+    """Turn the outputs of one part into those of both, in place."""
+    merged = torch.logaddexp(into.lse, other.lse)
+    weight, other_weight = ((x.lse - merged).exp_().t()[..., None] for x in (into, other))
+    into.output.copy_(into.output * weight + other.output * other_weight)
+    into.lse.copy_(merged)
 
 
 _logged: set[str] = set()

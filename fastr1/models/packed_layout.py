@@ -91,6 +91,10 @@ class Part:
             cu_seqlens = self.cache[device] = (queries, keys)
         return cu_seqlens
 
+    def segments(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """As ragged kernels take them: `cu_seqlens` of queries and keys, and the longest segment of both."""
+        return *self.cu_seqlens(device), self.max_query_length, self.max_key_length
+
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fastr1.models.packed_backends.batches import batches
+from fastr1.models.packed_backends.tensors import Inputs, Outputs
 from fastr1.models.packed_layout import Part
 
 HEAD_DIM_MULTIPLE = 8
@@ -17,14 +18,8 @@ _forward = torch.ops.aten._efficient_attention_forward
 _backward = torch.ops.aten._efficient_attention_backward
 
 
-def forward(
-    query: torch.Tensor,  # (Tq, H, d)
-    key: torch.Tensor,  # (Tk, Hkv, d)
-    value: torch.Tensor,  # (Tk, Hkv, d)
-    part: Part,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (Tq, H, d), (H, Tq)
-    """Output and log-sum-exp of one part."""
+def forward(inputs: Inputs, part: Part, scale: float) -> Outputs:
+    query, key, value = inputs
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     group = query.shape[1] // key.shape[1]
@@ -37,21 +32,13 @@ def forward(
             )
             batch.put_queries(output[:, head::group], seen)
             batch.put_queries(lse[:, head::group], seen_lse[..., : q.shape[1]].transpose(1, 2))
-    return output, lse.t()
+    return Outputs(output, lse.t())
 
 
-def backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    part: Part,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This part's share of the gradients of query, key and value."""
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+def backward(grad_output: torch.Tensor, inputs: Inputs, outputs: Outputs, part: Part, scale: float) -> Inputs:
+    query, key, value = inputs
+    output, lse = outputs
+    grads = inputs.empty_like()
     group = query.shape[1] // key.shape[1]
     unused = torch.zeros((), dtype=torch.int64, device=query.device)  # the seed of a dropout that is not there
     for batch in batches(part, query.device):
@@ -80,9 +67,9 @@ def backward(
                 False,
                 scale=scale,
             )
-            batch.put_queries(grads[0][:, head::group], shares[0])
+            batch.put_queries(grads.query[:, head::group], shares[0])
             grad_k += shares[1]
             grad_v += shares[2]
-        batch.put_keys(grads[1], grad_k)
-        batch.put_keys(grads[2], grad_v)
-    return grads[0], grads[1], grads[2]
+        batch.put_keys(grads.key, grad_k)
+        batch.put_keys(grads.value, grad_v)
+    return grads

@@ -6,44 +6,28 @@ from typing import Any
 
 import torch
 
+from fastr1.models.packed_backends.tensors import Inputs, Outputs
 from fastr1.models.packed_layout import Part
 
 HEAD_DIM_MULTIPLE = 8
 
 
-def forward(
-    query: torch.Tensor,  # (Tq, H, d)
-    key: torch.Tensor,  # (Tk, Hkv, d)
-    value: torch.Tensor,  # (Tk, Hkv, d)
-    part: Part,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (Tq, H, d), (H, Tq)
-    """Output and log-sum-exp of one part."""
+def forward(inputs: Inputs, part: Part, scale: float) -> Outputs:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    output, lse, *_ = _flash_attn_fwd(query, key, value, return_lse=True, **_options(query, part, scale))
-    return output, lse
+    output, lse, *_ = _flash_attn_fwd(*inputs, return_lse=True, **_options(inputs.query, part, scale))
+    return Outputs(output, lse)
 
 
-def backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    part: Part,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This part's share of the gradients of query, key and value."""
+def backward(grad_output: torch.Tensor, inputs: Inputs, outputs: Outputs, part: Part, scale: float) -> Inputs:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(
-        *(query, key, value, output, grad_output.contiguous(), lse.contiguous()),
+        *(*inputs, outputs.output, grad_output.contiguous(), outputs.lse.contiguous()),
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        **_options(query, part, scale),
+        **_options(inputs.query, part, scale),
     )
-    return grad_query, grad_key, grad_value
+    return Inputs(grad_query, grad_key, grad_value)
 
 
 def _options(query: torch.Tensor, part: Part, scale: float) -> dict[str, Any]:
