@@ -59,7 +59,7 @@ def prepare_grpo(config: TrainConfig, stop: StopRequest | None = None) -> Traini
 
 def group_work(batch: Batch, prompt: int) -> GroupWork:
     """What one of the batch's groups costs."""
-    group = len(batch.lengths) // len(batch.samples)
+    group = batch.num_generations
     rows = range(prompt * group, (prompt + 1) * group)
     return GroupWork(
         batch.prompt_lengths[prompt],

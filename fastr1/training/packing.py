@@ -8,7 +8,7 @@ the largest group first, into the first micro-batch with room for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ class MicroBatch:
     lengths: tuple[tuple[int, ...], ...]  # per prompt, tokens of these completions, 1 or more each
     prompt_lengths: tuple[int, ...]
     is_blank: bool = False  # computed to keep step with other ranks; counts in nothing
+    _places: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def layout(self) -> PackedLayout:
@@ -52,11 +53,15 @@ class MicroBatch:
 
     def places(self, width: int, device: torch.device, *, inputs: bool = False) -> torch.Tensor:
         """(N,) places of the tokens in a flattened (B·G, width) matrix; `inputs` leaves out the last of each row."""
-        lengths = torch.tensor(self.row_lengths) - int(inputs)
-        number = sum(self.row_lengths) - len(self.rows) * int(inputs)
-        # place of a row's first token in the matrix, less its place among the N
-        offsets = torch.tensor(self.rows) * width - (lengths.cumsum(0) - lengths)
-        return (torch.arange(number) + offsets.repeat_interleave(lengths, output_size=number)).to(device)
+        key = (width, device, inputs)
+        if key not in self._places:  # every pass asks, and copying them waits for a GPU
+            lengths = torch.tensor(self.row_lengths) - int(inputs)
+            number = sum(self.row_lengths) - len(self.rows) * int(inputs)
+            # place of a row's first token in the matrix, less its place among the N
+            offsets = torch.tensor(self.rows) * width - (lengths.cumsum(0) - lengths)
+            spread = offsets.repeat_interleave(lengths, output_size=number)
+            self._places[key] = (torch.arange(number) + spread).to(device)
+        return self._places[key]
 
 
 def pack_groups(
