@@ -10,10 +10,13 @@ __all__ = [
     "LOSSES",
     "GRPOOutput",
     "LossOptions",
+    "SampledTokens",
     "group_advantages",
     "grpo_loss",
+    "gumbel_noise",
     "linear_grpo_loss",
     "linear_logps",
+    "sample_tokens",
     "selective_log_softmax",
 ]
 
@@ -21,10 +24,13 @@ _MODULES = {
     "LOSSES": "options",
     "GRPOOutput": "losses",
     "LossOptions": "options",
+    "SampledTokens": "sampling",
     "group_advantages": "advantages",
     "grpo_loss": "losses",
+    "gumbel_noise": "sampling",
     "linear_grpo_loss": "losses",
     "linear_logps": "logps",
+    "sample_tokens": "sampling",
     "selective_log_softmax": "logps",
 }
 
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from .logps import linear_logps, selective_log_softmax
     from .losses import GRPOOutput, grpo_loss, linear_grpo_loss
     from .options import LOSSES, LossOptions
+    from .sampling import SampledTokens, gumbel_noise, sample_tokens
 else:
 
     def __getattr__(name: str) -> object:

@@ -243,7 +243,7 @@ def check_number(name: str, value: object, *, above: float = -math.inf, at_least
         raise ValueError(f"{name}={value!r}: give a finite number{bound}")
 
 
-def check_count(name: str, value: object) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def check_count(name: str, value: object, *, at_least: int = 1) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
     if not ok:
-        raise ValueError(f"{name}={value!r}: give an integer >= 1")
+        raise ValueError(f"{name}={value!r}: give an integer >= {at_least}")
