@@ -1,4 +1,4 @@
-"""Losses of group-relative policy optimisation for language models, from logits or straight from hidden states.
+"""Losses of group-relative policy optimisation for language models, and the token step of the decoder that samples.
 
 Names are imported when they are first used: `fastr1_kernels.LossOptions` can check a configuration before torch loads.
 """
@@ -11,13 +11,17 @@ __all__ = [
     "GRPOOutput",
     "LossOptions",
     "SampledTokens",
+    "add_rms_norm",
+    "decode_attention",
     "group_advantages",
     "grpo_loss",
     "gumbel_noise",
     "linear_grpo_loss",
     "linear_logps",
     "sample_tokens",
+    "rope_and_store",
     "selective_log_softmax",
+    "swiglu",
 ]
 
 _MODULES = {
@@ -25,17 +29,22 @@ _MODULES = {
     "GRPOOutput": "losses",
     "LossOptions": "options",
     "SampledTokens": "sampling",
+    "add_rms_norm": "decoding",
+    "decode_attention": "decoding",
     "group_advantages": "advantages",
     "grpo_loss": "losses",
     "gumbel_noise": "sampling",
     "linear_grpo_loss": "losses",
     "linear_logps": "logps",
     "sample_tokens": "sampling",
+    "rope_and_store": "decoding",
     "selective_log_softmax": "logps",
+    "swiglu": "decoding",
 }
 
 if TYPE_CHECKING:
     from .advantages import group_advantages
+    from .decoding import add_rms_norm, decode_attention, rope_and_store, swiglu
     from .logps import linear_logps, selective_log_softmax
     from .losses import GRPOOutput, grpo_loss, linear_grpo_loss
     from .options import LOSSES, LossOptions

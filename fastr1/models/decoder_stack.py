@@ -1,0 +1,141 @@
+"""What a token step needs to know of a decoder of transformers: its modules, layer by layer, and its rotation.
+
+Known are the text decoders of Qwen2, Qwen2.5-VL, Qwen3, Qwen3-VL and Llama. The stack holds the decoder's own modules,
+not their weights: whoever owns the parameters may change them in place, gather them or wrap a projection in an adapter,
+and the next step sees it. A decoder that computes something else is refused by name, never approximated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+
+_NORMS = ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3RMSNorm", "Qwen3VLTextRMSNorm", "LlamaRMSNorm")
+_MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen3VLTextMLP", "LlamaMLP")
+_ATTENTIONS = ("Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "Qwen3VLTextAttention", "LlamaAttention")
+# Kinds of rotation whose frequencies do not change with the length of the sequence.
+_ROTATIONS = ("default", "linear", "llama3", "yarn")
+
+
+class UnknownDecoderError(ValueError):
+    """The decoder computes something that a token step does not. The message names it."""
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The modules of one layer; a norm is anything with `weight` and `variance_epsilon`."""
+
+    input_norm: Any
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: Any | None  # of every head; both or none
+    k_norm: Any | None
+    post_attention_norm: Any
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    scale: float  # of attention scores
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """A decoder without its head."""
+
+    embed_tokens: nn.Module
+    layers: tuple[DecoderLayer, ...]
+    norm: Any
+    rotary: Any
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @torch.no_grad()
+    def rotation(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of positions 0…M−1 of text, (M, d) each, as the decoder's own rotary embedding gives them.
+
+        Where it has three axes (M-RoPE), text has the same position on all of them.
+        """
+        weight: Any = self.embed_tokens.weight
+        positions = torch.arange(num_positions, device=weight.device)[None]
+        if hasattr(self.rotary, "mrope_section"):
+            positions = positions[None].expand(3, 1, -1)
+        cos, sin = self.rotary(weight[:1, None], positions)
+        return cos[0].contiguous(), sin[0].contiguous()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter that a token step reads, those of the embedding last."""
+        modules = [module for layer in self.layers for module in vars(layer).values() if isinstance(module, nn.Module)]
+        return [p for module in (*modules, self.norm, self.embed_tokens) for p in module.parameters()]
+
+
+def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a projection gives; a plain one is called without the hooks that others hang on it."""
+    if type(module) is nn.Linear:
+        return F.linear(x, module.weight, module.bias)
+    out: torch.Tensor = module(x)
+    return out
+
+
+def describe_decoder(decoder: Any) -> DecoderStack:
+    """The stack of a decoder. Raises UnknownDecoderError."""
+    name = type(decoder).__name__
+    config = decoder.config
+    kind = config.rope_parameters["rope_type"]
+    if kind not in _ROTATIONS:
+        raise UnknownDecoderError(f"{name} rotates by {kind!r}, known are {', '.join(_ROTATIONS)}; {_REMEDY}")
+    layers = tuple(_describe_layer(name, i, layer) for i, layer in enumerate(decoder.layers))
+    _require(name, "the last norm", decoder.norm, _NORMS)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderStack(
+        decoder.embed_tokens,
+        layers,
+        decoder.norm,
+        decoder.rotary_emb,
+        config.num_attention_heads,
+        config.num_key_value_heads or config.num_attention_heads,
+        head_dim,
+    )
+
+
+_REMEDY = 'set rollout.backend to "eager"'
+
+
+def _describe_layer(decoder: str, index: int, layer: Any) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    where = f"{decoder} layer {index}"
+    _require(where, "attention", attention, _ATTENTIONS)
+    _require(where, "the MLP", mlp, _MLPS)
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm]
+    for norm in norms:
+        _require(where, "a norm", norm, _NORMS)
+    if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
+        raise UnknownDecoderError(f"{where} gates by {type(mlp.act_fn).__name__}, known is SiLU; {_REMEDY}")
+    if getattr(attention, "sliding_window", None) is not None:
+        raise UnknownDecoderError(f"{where} has a sliding window of {attention.sliding_window} tokens; {_REMEDY}")
+    return DecoderLayer(
+        layer.input_layernorm,
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        getattr(attention, "q_norm", None),
+        getattr(attention, "k_norm", None),
+        layer.post_attention_layernorm,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+        attention.scaling,
+    )
+
+
+def _require(where: str, what: str, module: nn.Module, known: tuple[str, ...]) -> None:
+    if type(module).__name__ not in known:
+        raise UnknownDecoderError(f"{where}: {what} is {type(module).__name__}, known are {', '.join(known)}; {_REMEDY}")

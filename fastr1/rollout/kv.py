@@ -1,0 +1,93 @@
+"""Keys and values of a rollout: those of a prompt once, those of each completion in a place of its own.
+
+    prefix   (layers, B, Hkv, P, d)   written by the prefill, read by all completions of the prompt
+    suffix   (layers, S, Hkv, T, d)   written in place, a token at a time; row r belongs to the r-th row that decodes
+
+Nothing is concatenated or repeated. When completions have ended, the rows of the others move to the front
+(`SuffixRows.keep`), so that the rows that decode are always the first ones. Bytes, with e per number:
+2 · layers · Hkv · d · e · (B·P + S·T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastr1.models.family import DecoderLayout
+
+
+def bytes_per_token(layout: DecoderLayout, dtype: torch.dtype) -> int:
+    """Of keys and values of one token in all layers."""
+    return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * dtype.itemsize
+
+
+class KeyValueArenas:
+    """Room for B prompts of up to P tokens and S completions of up to T tokens.
+
+    Attributes: prefix_k, prefix_v, suffix_k, suffix_v, one tensor a layer.
+    """
+
+    def __init__(
+        self,
+        layout: DecoderLayout,
+        *,
+        num_prompts: int,
+        prompt_length: int,
+        num_completions: int,
+        completion_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_prompts, self.prompt_length = num_prompts, prompt_length
+        self.num_completions, self.completion_length = num_completions, completion_length
+        shape = (layout.num_layers, num_prompts, layout.num_kv_heads, prompt_length, layout.head_dim)
+        self.prefix_k, self.prefix_v = (
+            torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2)
+        )
+        shape = (layout.num_layers, num_completions, layout.num_kv_heads, completion_length, layout.head_dim)
+        self.suffix_k, self.suffix_v = (
+            torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2)
+        )
+
+    def holds(self, num_prompts: int, prompt_length: int, num_completions: int, completion_length: int) -> bool:
+        """Whether there is room for so much."""
+        return (
+            num_prompts <= self.num_prompts
+            and prompt_length <= self.prompt_length
+            and num_completions <= self.num_completions
+            and completion_length <= self.completion_length
+        )
+
+    def keep(self, rows: torch.Tensor, length: int) -> None:
+        """Move rows of the suffix (rising numbers) to the front, as far as `length` tokens."""
+        for arena in (*self.suffix_k, *self.suffix_v):
+            arena[: len(rows), :, :length] = arena[rows, :, :length]
+
+
+class PrefixWriter:
+    """Stands for the cache of a forward pass over packed prompts: writes keys and values into the arena and returns
+    them as they came."""
+
+    is_compileable = False
+
+    def __init__(self, arenas: KeyValueArenas, prompt_lengths: Sequence[int]) -> None:
+        self._arenas = arenas
+        self._lengths = list(prompt_lengths)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def update(
+        self,
+        key: torch.Tensor,  # (1, Hkv, L, d)
+        value: torch.Tensor,  # (1, Hkv, L, d)
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for new, arena in ((key, self._arenas.prefix_k), (value, self._arenas.prefix_v)):
+            for prompt, part in enumerate(new[0].split(self._lengths, dim=1)):
+                arena[layer_idx][prompt, :, : part.shape[1]] = part
+        return key, value

@@ -1,0 +1,68 @@
+"""`decode_attention` equals a softmax per row and head, whatever the groups and lengths; nothing else reaches it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Backend
+from decoding_cases import State, make_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CASES: dict[str, State] = {
+    "full groups, equal lengths": make_state([3, 3], [5, 5], [4] * 6),
+    "full groups, suffixes at T": make_state([2, 2], [5, 3], [4] * 4, suffix_width=4, prefix_width=5),
+    "full groups, ragged lengths": make_state([2, 2], [7, 3], [4, 1, 2, 5]),
+    "ragged groups": make_state([1, 4, 2], [5, 9, 2], [3] * 7),
+    "ragged groups and lengths": make_state([1, 4, 2], [5, 9, 2], [3, 1, 2, 6, 1, 1, 5]),
+    "empty groups": make_state([0, 2, 0, 1, 0], [5, 6, 7, 4, 3], [2, 3, 1]),
+    "no group": make_state([0, 0], [5, 6], [], padding_rows=2),
+    "rows of padding": make_state([2, 3], [5, 6], [2, 3, 1, 2, 2], padding_rows=3),
+    "one row": make_state([1], [6], [1]),
+    "no prefix": make_state([2, 2], [0, 0], [2, 3, 1, 2]),
+    "one prompt without a prefix": make_state([2, 2], [0, 4], [2, 3, 1, 2]),
+    "no suffix": make_state([2, 2], [3, 4], [0, 0, 0, 0]),
+    "some without a suffix": make_state([2, 2], [3, 4], [0, 2, 1, 0]),
+    "nothing to attend to": make_state([2, 2], [0, 4], [0, 2, 1, 0]),
+    "nothing at all": make_state([2, 1], [0, 0], [0, 0, 0]),
+    "one head of keys": make_state([2, 3], [5, 6], [2, 3, 1, 2, 2], heads=(7, 1)),
+    "as many heads of keys": make_state([2, 3], [5, 6], [2, 3, 1, 2, 2], heads=(3, 3)),
+    "eight heads to one": make_state([2, 1], [5, 6], [2, 3, 1], heads=(8, 1)),
+    "seven heads to one": make_state([2, 1], [5, 6], [2, 3, 1], heads=(14, 2)),
+    "d no power of two": make_state([2, 1], [5, 6], [2, 3, 1], d=24),
+    "d larger": make_state([2, 1], [5, 6], [2, 3, 1], d=80),
+    "many places": make_state([2, 1], [67, 131], [70, 33, 64]),
+}
+
+
+@pytest.mark.parametrize("state", CASES.values(), ids=CASES.keys())
+def test_attention_matches_reference(backend: Backend, state: State) -> None:
+    got = state.attend(backend)
+    assert got.dtype == backend.dtype
+    torch.testing.assert_close(got.cpu().double(), state.expected(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("poison", [float("inf"), -float("inf"), 1e30])
+def test_what_lies_beyond_the_lengths_reaches_nothing(backend: Backend, poison: float) -> None:
+    clean, dirty = (make_state([2, 3], [3, 9], [2, 3, 1, 5, 2], padding_rows=1, poison=p) for p in (0.0, poison))
+    assert torch.equal(clean.attend(backend), dirty.attend(backend))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_plain_torch_matches_reference(data: st.DataObject) -> None:
+    groups = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    places = data.draw(st.lists(st.integers(0, 9), min_size=len(groups), max_size=len(groups)))
+    steps = data.draw(st.lists(st.integers(0, 5), min_size=sum(groups), max_size=sum(groups)))
+    state = make_state(
+        groups,
+        places,
+        steps,
+        heads=data.draw(st.sampled_from([(1, 1), (4, 2), (7, 1), (6, 3)])),
+        d=8 * data.draw(st.integers(1, 3)),
+        padding_rows=data.draw(st.integers(0, 2)),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    from conftest import TORCH
+
+    torch.testing.assert_close(state.attend(TORCH), state.expected(), rtol=1e-12, atol=1e-12)
