@@ -37,6 +37,7 @@ def forward_packed(
     layout: PackedLayout,
     *,
     position_ids: torch.Tensor | None = None,
+    cache: Any | None = None,
     backend: str,
 ) -> torch.Tensor:  # (1, L, D)
     """Hidden states of every token of a packed micro-batch, after the last norm of the decoder.
@@ -46,6 +47,7 @@ def forward_packed(
             or Qwen3-VL.
         position_ids: (1, L), or (3, 1, L) where the model has positions in time, height and width; counted from the
             layout if None.
+        cache: whose `update` every layer gives its keys and values of the L tokens, and takes them back from.
         backend: from `choose_packed_backend`.
 
     Raises: ValueError for embeddings that are not of the layout, and for layers with a sliding window, attention
@@ -62,6 +64,7 @@ def forward_packed(
         # A mask of four dimensions is handed on as it is; packed attention looks at the layout instead.
         attention_mask=embeds.new_empty(1, 1, 1, 1),
         position_ids=layout.positions(embeds.device) if position_ids is None else position_ids,
+        past_key_values=cache,
         use_cache=False,
         packed_layout=layout,
         packed_backend=backend,

@@ -3,32 +3,22 @@ that have ended left out as soon as they are half of what is decoded.
 
 A draw is argmax(logits/temperature + Gumbel noise), and the noise is a hash of (seed, prompt key, completion index,
 position, token). So a completion does not depend on the other prompts in the batch, their order, or the number of
-ranks. Numerics: logits in fp32, noise in fp64 (2⁻⁵² steps).
+ranks. The oracle of `engine`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastr1.config import GRPOConfig
 from fastr1.models import Processor, VideoLanguageModel
-from fastr1.rollout.noise import completion_keys, gumbel_noise
+from fastr1.rollout.noise import completion_keys
+from fastr1.rollout.params import SamplingParams
 from fastr1.schema import Rollout
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How completions are drawn. `temperature=0` is greedy; `top_k=0` and `top_p=1` keep the whole vocabulary."""
-
-    max_completion_length: int
-    temperature: float = GRPOConfig.temperature
-    top_k: int = GRPOConfig.top_k
-    top_p: float = GRPOConfig.top_p
+from fastr1_kernels import gumbel_noise
 
 
 @torch.no_grad()
@@ -90,6 +80,8 @@ def _build_warpers(params: SamplingParams) -> LogitsProcessorList:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
         warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        warpers.append(MinPLogitsWarper(params.min_p))
     return warpers
 
 
@@ -107,5 +99,5 @@ def _draw(
         no_ids: Any = None  # neither warper looks at the tokens before
         scaled: Any = logits / params.temperature
         logits = warpers(no_ids, scaled)
-        token = (logits + gumbel_noise(row_keys, position, logits.shape[-1])).argmax(dim=-1)
+        token = (logits + gumbel_noise(row_keys, torch.full_like(row_keys, position), logits.shape[-1])).argmax(dim=-1)
     return token, logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]

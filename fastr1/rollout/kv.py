@@ -72,9 +72,10 @@ class PrefixWriter:
 
     is_compileable = False
 
-    def __init__(self, arenas: KeyValueArenas, prompt_lengths: Sequence[int]) -> None:
+    def __init__(self, arenas: KeyValueArenas, prompt_lengths: Sequence[int], first: int = 0) -> None:
         self._arenas = arenas
         self._lengths = list(prompt_lengths)
+        self._first = first  # number of the first of these prompts
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -88,6 +89,6 @@ class PrefixWriter:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         for new, arena in ((key, self._arenas.prefix_k), (value, self._arenas.prefix_v)):
-            for prompt, part in enumerate(new[0].split(self._lengths, dim=1)):
+            for prompt, part in enumerate(new[0].split(self._lengths, dim=1), self._first):
                 arena[layer_idx][prompt, :, : part.shape[1]] = part
         return key, value

@@ -1,6 +1,7 @@
-"""The noise behind a draw: a pure function of seed, prompt, completion, position and token.
+"""The keys of draws: pure functions of seed, prompt and completion.
 
-So a draw does not depend on the other rows of the batch, their order, or the number of ranks.
+The noise behind a draw is a hash of key, position and token (`fastr1_kernels.gumbel_noise`), so a draw does not depend
+on the other rows of the batch, their order, or the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,15 +18,6 @@ def completion_keys(seed: int, prompt_keys: Sequence[int], num_generations: int)
     prompts = torch.tensor(list(prompt_keys), dtype=torch.int64).repeat_interleave(num_generations)
     index = torch.arange(num_generations).repeat(len(prompt_keys))
     return _mix(_mix(_mix(torch.full_like(prompts, seed)) + prompts) + index)
-
-
-def gumbel_noise(row_keys: torch.Tensor, position: int, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise (R, V) in fp64: a pure function of key, position and column."""
-    columns = torch.arange(vocab_size, device=row_keys.device)
-    bits = _mix(_mix(row_keys + position)[:, None] + columns[None])
-    # 52 bits and a half are exact in fp64: 53 could round to 1, whose noise is infinite.
-    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,192 @@
+"""Completions sampled on the trainer's own weights, every prompt embedded, prefilled and stored once.
+
+    prefill → draw → (schedule → run → finish) until every completion has ended
+
+All prompts of an update decode together. A step forwards the last token of every row (`token_step`); completions that
+have ended leave, and the rows of the others close up. A draw is argmax(logits / temperature + noise), the noise a hash
+of (seed, prompt key, completion, position, token): a completion does not depend on the others, their order, on how many
+decode together or on the number of ranks, beyond the rounding of logits.
+
+On a GPU the host looks only every few steps at who has ended, and a step is a CUDA graph for each number of rows
+(`graphs`); nothing else waits. The oracle is `eager`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+
+from fastr1.models import Processor, VideoLanguageModel
+from fastr1.models.decoder_stack import describe_decoder
+from fastr1.models.packed_attention import choose_packed_backend
+from fastr1.models.packed_forward import forward_packed
+from fastr1.models.packed_layout import PackedLayout
+from fastr1.rollout.kv import KeyValueArenas, PrefixWriter
+from fastr1.rollout.noise import completion_keys
+from fastr1.rollout.params import SamplingParams
+from fastr1.rollout.rows import DecodingRows
+from fastr1.rollout.token_step import TokenStep
+from fastr1.schema import Rollout
+
+PREFILL_TOKENS = 16384  # prompts forwarded at a time hold no more, or are one
+KEPT_SHARE = 0.85  # on a CPU rows close up when no more than this share of them is open
+
+
+@dataclass
+class Completion:
+    """A completion that decodes or has."""
+
+    prompt: int
+    row: int  # of the rollout
+    ended_by: Literal["end token", "stop string", "length"] | None = None
+    num_checked: int = 0  # tokens that were looked through for stop strings
+
+
+class RolloutEngine:
+    """Rollouts of one model. Arenas and graphs are kept from one to the next while they are large enough."""
+
+    def __init__(self, model: VideoLanguageModel, processor: Processor, params: SamplingParams) -> None:
+        self.model, self.processor, self.params = model, processor, params
+        self.stack = describe_decoder(model.decoder)
+        self.active: list[Completion] = []  # by row
+        self.num_rows = 0  # that a step computes; those behind the active ones are padding
+        self.num_steps = 0
+        self._arenas: KeyValueArenas | None = None
+        self._rows: DecodingRows | None = None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64 on the device of the model
+        visual_tokens: Sequence[torch.Tensor],  # B × (Q, D), of `model.visual_tokens`
+        *,
+        num_generations: int = 1,
+        seed: int = 0,
+        prompt_keys: Sequence[int] | None = None,  # B ids that make draws independent of batching; default 0…B−1
+    ) -> Rollout:
+        """G completions for each prompt, rows in prompt-major order; as `eager.sample_completions`."""
+        embeds = [
+            self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)
+        ]
+        keys = completion_keys(seed, range(len(embeds)) if prompt_keys is None else prompt_keys, num_generations)
+        self._start(embeds, keys.to(self.model.device), num_generations)
+        self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
+        self._finish()
+        while any(completion.ended_by is None for completion in self.active):
+            self.step()
+        return self._collect()
+
+    def step(self) -> None:
+        """One more token for every completion that has not ended."""
+        self._schedule()
+        self._run()
+        self._finish()
+
+    def _start(self, embeds: list[torch.Tensor], keys: torch.Tensor, num_generations: int) -> None:
+        """Completions without a token, and room for them."""
+        lengths = [len(rows) for rows in embeds]
+        size = (len(embeds), max(lengths), len(keys), self.params.max_completion_length)
+        if self._arenas is None or not self._arenas.holds(*size):
+            self._arenas = None  # freed before there are others
+            self._arenas = KeyValueArenas(
+                self.model.layout,
+                num_prompts=size[0],
+                prompt_length=size[1],
+                num_completions=size[2],
+                completion_length=size[3],
+                dtype=embeds[0].dtype,
+                device=embeds[0].device,
+            )
+            self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device)
+        assert self._rows is not None
+        self._rows.start(keys, lengths, lengths, num_generations)
+        end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
+        self.token_step = TokenStep(
+            self.stack,
+            self.model,
+            self._rows,
+            self._arenas,
+            self.params,
+            num_generations=num_generations,
+            end_ids=end_ids,
+            pad_id=self.processor.pad_token_id,
+        )
+        self.completions = [Completion(row // num_generations, row) for row in range(len(keys))]
+        self.active = list(self.completions)
+        self.num_rows, self.num_steps = len(self.active), 0
+
+    def _prefill(self, embeds: list[torch.Tensor]) -> torch.Tensor:
+        """Forward every prompt once, its keys and values into the arena; logits (B, V) of the first tokens."""
+        assert self._arenas is not None
+        backend = choose_packed_backend(self.model.packed_attn_implementation, embeds[0].device, embeds[0].dtype)
+        last: list[torch.Tensor] = []
+        for prompts in _batches([len(rows) for rows in embeds], PREFILL_TOKENS):
+            lengths = [len(rows) for rows in embeds[prompts]]
+            hidden = forward_packed(
+                self.model.decoder,
+                torch.cat(embeds[prompts])[None],
+                PackedLayout(lengths, [[]] * len(lengths)),
+                cache=PrefixWriter(self._arenas, lengths, prompts.start),
+                backend=backend,
+            )
+            ends = torch.tensor([end - 1 for end in accumulate(lengths)], device=hidden.device)
+            last.append(hidden[0, ends])
+        return self.model.project(torch.cat(last))
+
+    def _schedule(self) -> None:
+        """Close up when enough completions have ended."""
+        kept = [row for row, completion in enumerate(self.active) if completion.ended_by is None]
+        if len(kept) > KEPT_SHARE * self.num_rows:
+            return
+        assert self._arenas is not None
+        assert self._rows is not None
+        self.active = [self.active[row] for row in kept]
+        sizes = [0] * (self.completions[-1].prompt + 1)
+        for completion in self.active:
+            sizes[completion.prompt] += 1
+        self._arenas.keep(self._rows.keep(kept, sizes), self.num_steps)
+        self.num_rows = len(kept)
+
+    def _run(self) -> None:
+        self.token_step(self.num_rows)
+        self.num_steps += 1
+
+    def _finish(self) -> None:
+        """Note who has ended."""
+        assert self._rows is not None
+        flags = self._rows.has_ended[: len(self.active)].tolist()
+        is_last = self.num_steps + 1 == self.params.max_completion_length
+        for completion, has_ended in zip(self.active, flags, strict=True):
+            if completion.ended_by is None and (has_ended or is_last):
+                completion.ended_by = "end token" if has_ended else "length"
+
+    def _collect(self) -> Rollout:
+        assert self._rows is not None
+        n = len(self.completions)
+        lengths = self._rows.lengths[:n]
+        longest = int(lengths.max())
+        mask = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
+        ids = self._rows.completion_ids[:n, :longest].masked_fill(~mask, self.processor.pad_token_id)
+        logps = self._rows.logps[:n, :longest].masked_fill(~mask, 0.0)
+        is_truncated = torch.tensor([c.ended_by == "length" for c in self.completions], device=lengths.device)
+        on_host = zip(ids.cpu(), lengths.tolist(), strict=True)
+        texts = [self.processor.decode(row[:length]) for row, length in on_host]
+        return Rollout(ids, mask, logps, is_truncated, texts)
+
+
+def _batches(lengths: Sequence[int], max_tokens: int) -> list[slice]:
+    """Neighbours that hold no more than so many tokens together, at least one each."""
+    batches: list[slice] = []
+    total = 0
+    for i, length in enumerate(lengths):
+        if not batches or total + length > max_tokens:
+            batches.append(slice(i, i))
+            total = 0
+        batches[-1] = slice(batches[-1].start, i + 1)
+        total += length
+    return batches

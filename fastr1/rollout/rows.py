@@ -1,0 +1,108 @@
+"""What decodes: one row per completion, in tensors that stay where they are, so that a captured step finds them.
+
+A row is the next token of a completion and where it belongs. The first rows decode; behind them there may be rows of
+padding, which write nothing but a place that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class DecodingRows:
+    """State of up to S completions of B prompts, and the tokens drawn so far.
+
+    Attributes:
+        tokens: (S,) int64, the last token drawn, the next step's input.
+        num_drawn: (S,) int64, tokens drawn so far; 0 in a row of padding.
+        first_positions: (S,) int64, the position of a completion's first token.
+        has_ended: (S,) bool.
+        output_rows: (S,) int64, where a completion's tokens are kept; S in a row of padding.
+        cu_rows: (B + 1,) int32, where the rows of each prompt begin.
+        prefix_lengths: (B,) int32.
+        completion_ids, logps: (S + 1, T), by output row.
+        lengths: (S + 1,) int64, tokens of each completion, its last included.
+    """
+
+    def __init__(self, num_completions: int, num_prompts: int, completion_length: int, device: torch.device) -> None:
+        self.size, self.device = num_completions, device
+        self.tokens = torch.zeros(num_completions, dtype=torch.int64, device=device)
+        self.keys = torch.zeros_like(self.tokens)
+        self.num_drawn = torch.zeros_like(self.tokens)
+        self.first_positions = torch.ones_like(self.tokens)
+        self.output_rows = torch.full_like(self.tokens, num_completions)
+        self.advance = torch.zeros_like(self.tokens)  # 1; 0 in a row of padding
+        self.has_ended = torch.ones(num_completions, dtype=torch.bool, device=device)
+        self.cu_rows = torch.zeros(num_prompts + 1, dtype=torch.int32, device=device)
+        self.prefix_lengths = torch.zeros(num_prompts, dtype=torch.int32, device=device)
+        self.completion_ids = torch.zeros(num_completions + 1, completion_length, dtype=torch.int64, device=device)
+        self.logps = torch.zeros(num_completions + 1, completion_length, device=device)
+        self.lengths = torch.zeros(num_completions + 1, dtype=torch.int64, device=device)
+
+    def start(
+        self,
+        keys: torch.Tensor,  # (B·G,)
+        prompt_lengths: Sequence[int],  # B
+        first_positions: Sequence[int],  # B
+        num_generations: int,
+    ) -> None:
+        """B·G completions without a token, in prompt-major order."""
+        n = len(keys)
+        self.clear(0)
+        self.keys[:n] = keys
+        self.first_positions[:n] = self._tensor(first_positions).repeat_interleave(num_generations)
+        self.output_rows[:n] = torch.arange(n, device=self.device)
+        self.advance[:n] = 1
+        self.has_ended[:n] = False
+        self.prefix_lengths.zero_()
+        self.prefix_lengths[: len(prompt_lengths)] = self._tensor(prompt_lengths).int()
+        self.group([num_generations] * len(prompt_lengths))
+        self.lengths.zero_()
+
+    def keep(self, rows: Sequence[int], group_sizes: Sequence[int]) -> torch.Tensor:
+        """Move some rows (rising numbers) to the front; the others become padding. Returns their numbers."""
+        kept = self._tensor(rows)
+        for state in self._states():
+            state[: len(rows)] = state[kept]
+        self.clear(len(rows))
+        self.group(group_sizes)
+        return kept
+
+    def group(self, sizes: Sequence[int]) -> None:
+        """Rows of each prompt in turn."""
+        ends = torch.zeros(len(self.cu_rows), dtype=torch.int64)
+        ends[1 : len(sizes) + 1] = torch.tensor(list(sizes)).cumsum(0)
+        ends[len(sizes) + 1 :] = sum(sizes)
+        self.cu_rows.copy_(ends)
+
+    def clear(self, first: int) -> None:
+        """Make padding of the rows from `first` on."""
+        for state, value in zip(self._states(), (0, 0, 0, 1, self.size, 0, True), strict=True):
+            state[first:] = value
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Copies of everything that a step writes, for `restore`."""
+        return [state.clone() for state in self._all()]
+
+    def restore(self, copies: Sequence[torch.Tensor]) -> None:
+        for state, copy in zip(self._all(), copies, strict=True):
+            state.copy_(copy)
+
+    def _states(self) -> tuple[torch.Tensor, ...]:
+        return (
+            self.tokens,
+            self.keys,
+            self.num_drawn,
+            self.first_positions,
+            self.output_rows,
+            self.advance,
+            self.has_ended,
+        )
+
+    def _all(self) -> tuple[torch.Tensor, ...]:
+        return (*self._states(), self.cu_rows, self.completion_ids, self.logps, self.lengths)
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.device)

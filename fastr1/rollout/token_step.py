@@ -1,0 +1,112 @@
+"""One token for every row that decodes, on the decoder's own modules.
+
+A token of a row goes through the layers: norm, three projections, rotation with the write of its key and value, the
+attention over the prompt's keys (once for all its completions) and the row's own, output projection, norm, MLP; then
+head and draw. Nothing here reads the device: what shapes the step is R and what the arenas and rows were made for, so
+that a CUDA graph of it can be replayed for any lengths.
+
+Bytes of a step: the weights once, keys and values of every prompt once and of every completion once; 2·N·R FLOPs with N
+the weights, and those of the attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastr1.models.decoder_stack import DecoderStack, project
+from fastr1.rollout.kv import KeyValueArenas
+from fastr1.rollout.params import SamplingParams
+from fastr1.rollout.rows import DecodingRows
+from fastr1_kernels import add_rms_norm, decode_attention, rope_and_store, sample_tokens, swiglu
+
+
+class TokenStep:
+    """Steps of one rollout after another. `stack` and `model` are the trainer's own."""
+
+    def __init__(
+        self,
+        stack: DecoderStack,
+        model: Any,  # for `project`, its head
+        rows: DecodingRows,
+        arenas: KeyValueArenas,
+        params: SamplingParams,
+        *,
+        num_generations: int,
+        end_ids: torch.Tensor,
+        pad_id: int,
+        allowed: torch.Tensor | None = None,  # (V,) bool; False: never drawn
+    ) -> None:
+        self.stack, self.model, self.rows, self.arenas, self.params = stack, model, rows, arenas, params
+        self.num_generations = num_generations
+        self.end_ids, self.pad_id, self.allowed = end_ids, pad_id, allowed
+        self.cos, self.sin = self.stack.rotation(arenas.prompt_length + arenas.completion_length)
+
+    def __call__(self, num_rows: int) -> None:
+        """Forward the last token of the first rows, and draw their next one."""
+        self.draw(self.model.project(self.hidden(num_rows)))
+
+    def hidden(self, num_rows: int) -> torch.Tensor:
+        """States (R, D) behind the last tokens, after the last norm; their keys and values are in the arena."""
+        stack, rows, arenas = self.stack, self.rows, self.arenas
+        drawn = rows.num_drawn[:num_rows]
+        places = (drawn - 1).int()  # of the token among those of its completion; -1: padding
+        positions = rows.first_positions[:num_rows] + drawn - 1
+        seen = drawn.int()
+        x: torch.Tensor = stack.embed_tokens(rows.tokens[:num_rows])
+        residual: torch.Tensor | None = None
+        for index, layer in enumerate(stack.layers):
+            normed, residual = _norm(layer.input_norm, x, residual)
+            q = project(layer.q_proj, normed).view(num_rows, stack.num_heads, stack.head_dim)
+            k = project(layer.k_proj, normed).view(num_rows, stack.num_kv_heads, stack.head_dim)
+            v = project(layer.v_proj, normed).view(num_rows, stack.num_kv_heads, stack.head_dim)
+            norms = {}
+            if layer.q_norm is not None and layer.k_norm is not None:
+                norms = {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight}
+                norms["eps"] = layer.q_norm.variance_epsilon
+            suffix_k, suffix_v = arenas.suffix_k[index], arenas.suffix_v[index]
+            q = rope_and_store(q, k, v, self.cos, self.sin, positions, suffix_k, suffix_v, places, **norms)
+            out = decode_attention(
+                q,
+                arenas.prefix_k[index],
+                arenas.prefix_v[index],
+                rows.prefix_lengths,
+                rows.cu_rows,
+                suffix_k,
+                suffix_v,
+                seen,
+                scale=layer.scale,
+                max_group=min(self.num_generations, num_rows),
+                max_suffix_length=arenas.completion_length,
+            )
+            normed, residual = _norm(layer.post_attention_norm, project(layer.o_proj, out.flatten(1)), residual)
+            x = project(layer.down_proj, swiglu(project(layer.gate_proj, normed), project(layer.up_proj, normed)))
+        return _norm(stack.norm, x, residual)[0]
+
+    def draw(self, logits: torch.Tensor) -> None:
+        """Draw the next token of the first rows from their logits (R, V), and keep it."""
+        rows, params, num_rows = self.rows, self.params, len(logits)
+        drawn, has_ended = rows.num_drawn[:num_rows], rows.has_ended[:num_rows]
+        token, logp, _ = sample_tokens(
+            logits,
+            rows.keys[:num_rows],
+            drawn,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            allowed=self.allowed,
+            check_values=False,
+        )
+        output_rows = rows.output_rows[:num_rows]
+        rows.completion_ids.index_put_((output_rows, drawn), token)
+        rows.logps.index_put_((output_rows, drawn), logp)
+        rows.lengths.index_put_((output_rows,), (~has_ended).long(), accumulate=True)
+        rows.tokens[:num_rows] = token
+        has_ended |= (token[:, None] == self.end_ids).any(dim=1)
+        drawn += rows.advance[:num_rows]
+
+
+def _norm(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
