@@ -75,10 +75,11 @@ class RolloutEngine:
         ]
         keys = completion_keys(seed, range(len(embeds)) if prompt_keys is None else prompt_keys, num_generations)
         self._start(embeds, keys.to(self.model.device), num_generations)
-        self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
-        self._finish()
-        while any(completion.ended_by is None for completion in self.active):
-            self.step()
+        with torch.inference_mode():
+            self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
+            self._finish()
+            while any(completion.ended_by is None for completion in self.active):
+                self.step()
         return self._collect()
 
     def step(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastr1.models.decoder_stack import DecoderStack, project
+from fastr1.models.decoder_stack import DecoderStack, SideBySide, project
 from fastr1.rollout.kv import KeyValueArenas
 from fastr1.rollout.params import SamplingParams
 from fastr1.rollout.rows import DecodingRows
@@ -41,6 +41,8 @@ class TokenStep:
         self.stack, self.model, self.rows, self.arenas, self.params = stack, model, rows, arenas, params
         self.num_generations = num_generations
         self.end_ids, self.pad_id, self.allowed = end_ids, pad_id, allowed
+        self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
+        self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
         self.cos, self.sin = self.stack.rotation(arenas.prompt_length + arenas.completion_length)
 
     def __call__(self, num_rows: int) -> None:
@@ -58,9 +60,9 @@ class TokenStep:
         residual: torch.Tensor | None = None
         for index, layer in enumerate(stack.layers):
             normed, residual = _norm(layer.input_norm, x, residual)
-            q = project(layer.q_proj, normed).view(num_rows, stack.num_heads, stack.head_dim)
-            k = project(layer.k_proj, normed).view(num_rows, stack.num_kv_heads, stack.head_dim)
-            v = project(layer.v_proj, normed).view(num_rows, stack.num_kv_heads, stack.head_dim)
+            q, k, v = (
+                x.unflatten(1, (-1, stack.head_dim)) for x in self.attention_inputs[index](normed)
+            )
             norms = {}
             if layer.q_norm is not None and layer.k_norm is not None:
                 norms = {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight}
@@ -68,7 +70,7 @@ class TokenStep:
             suffix_k, suffix_v = arenas.suffix_k[index], arenas.suffix_v[index]
             q = rope_and_store(q, k, v, self.cos, self.sin, positions, suffix_k, suffix_v, places, **norms)
             out = decode_attention(
-                q,
+                q.contiguous(),
                 arenas.prefix_k[index],
                 arenas.prefix_v[index],
                 rows.prefix_lengths,
@@ -81,7 +83,7 @@ class TokenStep:
                 max_suffix_length=arenas.completion_length,
             )
             normed, residual = _norm(layer.post_attention_norm, project(layer.o_proj, out.flatten(1)), residual)
-            x = project(layer.down_proj, swiglu(project(layer.gate_proj, normed), project(layer.up_proj, normed)))
+            x = project(layer.down_proj, swiglu(*self.mlp_inputs[index](normed)))
         return _norm(stack.norm, x, residual)[0]
 
     def draw(self, logits: torch.Tensor) -> None:
