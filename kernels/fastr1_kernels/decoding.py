@@ -57,7 +57,8 @@ def decode_attention(
     (R, H, d), (B, Hkv, P, _), (S, _, T, _) = q.shape, prefix_k.shape, suffix_k.shape
     if S < R or Hkv == 0 or H % Hkv or d == 0:
         raise ValueError(f"R={R}, H={H}, d={d}, Hkv={Hkv}, S={S}: S >= R, and H a multiple of Hkv, are needed")
-    _require("q", q, (R, H, d), q.dtype, q.device, True)
+    if q.stride(2) != 1 or q.stride(1) != d:
+        raise ValueError(f"q has strides {q.stride()}: give (any, {d}, 1)")
     for name, x, shape in (
         ("prefix_k", prefix_k, (B, Hkv, P, d)),
         ("prefix_v", prefix_v, (B, Hkv, P, d)),
@@ -76,7 +77,9 @@ def decode_attention(
         )
     tensors = (q, prefix_k, prefix_v, prefix_lengths, cu_rows, suffix_k, suffix_v, suffix_lengths)
     if uses_triton(q):
-        raise NotImplementedError
+        from .gpu.attention import launch_attention  # triton exists on Linux only
+
+        return launch_attention(*tensors, scale, max_group)
     return torch_decoding.attend(*tensors, scale, max_group, max_suffix_length)
 
 
@@ -132,9 +135,12 @@ def rope_and_store(
     if q_norm is not None and k_norm is not None:
         _require("q_norm", q_norm, (d,), q.dtype, q.device, True)
         _require("k_norm", k_norm, (d,), q.dtype, q.device, True)
+    tensors = (q, k, v, cos, sin, positions, k_cache, v_cache, lengths, q_norm, k_norm)
     if uses_triton(q):
-        raise NotImplementedError
-    return torch_decoding.rotate(q, k, v, cos, sin, positions, k_cache, v_cache, lengths, q_norm, k_norm, eps)
+        from .gpu.token_step import launch_rotate  # triton exists on Linux only
+
+        return launch_rotate(*tensors, eps)
+    return torch_decoding.rotate(*tensors, eps)
 
 
 def add_rms_norm(
@@ -160,7 +166,9 @@ def add_rms_norm(
             raise ValueError(f"residual has strides {residual.stride()}: give rows of stride 1")
     _require("weight", weight, (x.shape[1],), x.dtype, x.device, True)
     if uses_triton(x):
-        raise NotImplementedError
+        from .gpu.token_step import launch_norm  # triton exists on Linux only
+
+        return launch_norm(x, residual, weight, eps)
     return torch_decoding.add_and_norm(x, residual, weight, eps)
 
 
@@ -181,7 +189,9 @@ def swiglu(
         )
     _require("up", up, tuple(gate.shape), gate.dtype, gate.device)
     if uses_triton(gate):
-        raise NotImplementedError
+        from .gpu.token_step import launch_swiglu  # triton exists on Linux only
+
+        return launch_swiglu(gate, up)
     return torch_decoding.gated(gate, up)
 
 
