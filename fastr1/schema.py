@@ -6,7 +6,7 @@ G group size (`num_generations`), Q visual tokens, F frames, H × W pixels of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -79,6 +79,7 @@ class Rollout:
     sampler_logps: torch.Tensor  # (B·G, T) fp32 log-probability under the distribution that was sampled from
     is_truncated: torch.Tensor  # (B·G,) bool: ran into the length limit without an end token
     texts: list[str]  # decoded, special tokens removed, stripped
+    metrics: dict[str, float] = field(default_factory=dict)  # how it went: tokens per second and such
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fastr1.config.fields import (
     OptimConfig,
     Policy,
     RewardConfig,
+    RolloutConfig,
     RunConfig,
     TrainConfig,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "OptimConfig",
     "Policy",
     "RewardConfig",
+    "RolloutConfig",
     "RunConfig",
     "TrainConfig",
     "check_config",

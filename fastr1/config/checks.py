@@ -57,6 +57,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.num_generations": (lambda value: value >= 2, "2 or more: a group of one has no advantage to learn from"),
     "grpo.top_k": (lambda value: value >= 0, "0 or more; 0 samples from the full vocabulary"),
     "grpo.top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+    "grpo.min_p": (lambda value: 0 <= value <= 1, "0 to 1; 0 samples from the full vocabulary"),
+    "grpo.stop_strings": (lambda value: "" not in value, "strings that are not empty"),
     "grpo.advantage_noise_std": _AT_LEAST_ZERO,
     "grpo.num_iterations": _AT_LEAST_ONE,
     "grpo.max_num_gen_batches": _AT_LEAST_ONE,
@@ -191,7 +193,7 @@ def without_auto(config: dict[str, Any]) -> dict[str, Any]:
 def _settings(config: TrainConfig) -> Iterator[tuple[str, Any]]:
     """Every setting as ("section.name", value) but those of reward and deepspeed, which have checks of their own."""
     yield "task", config.task
-    for section in ("model", "data", "grpo", "optim", "run"):
+    for section in ("model", "data", "grpo", "rollout", "optim", "run"):
         part = getattr(config, section)
         for field in dataclasses.fields(part):
             yield f"{section}.{field.name}", getattr(part, field.name)

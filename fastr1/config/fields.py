@@ -23,6 +23,7 @@ Level = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
 PackedAttention = Literal["auto", "flash_attn", "varlen", "sdpa", "eager"]
 SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "icepop"]
+RolloutBackend = Literal["engine", "eager"]
 Schedule = Literal["cosine", "linear", "constant"]
 Report = Literal["jsonl", "tensorboard"]
 Control = Literal["blank_video", "repeated_frame", "shuffled_frames"]  # shown in the place of a clip
@@ -77,6 +78,8 @@ class GRPOConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0: the full vocabulary; 50 reproduces the original's hidden default
     top_p: float = 1.0
+    min_p: float = 0.0  # a token is drawn only if at least so likely, relative to the likeliest
+    stop_strings: tuple[str, ...] = ()  # text that ends a completion
     loss_type: str = "tinyllava_video_r1"  # a row of `fastr1_kernels.LOSSES`
     beta: float = 0.01
     epsilon: float = 0.2
@@ -99,6 +102,12 @@ class GRPOConfig:
     advantage_noise_std: float = 0.0  # the original adds N(0, 0.02²) to every advantage
     leave_one_out: bool = False
     mask_truncated_completions: bool = False
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    backend: RolloutBackend = "engine"  # eager: the plain loop, slower, for any decoder
+    keep_arenas: bool = True  # keys and values keep their memory during the training passes
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from fastr1.config import Control, DataConfig, GRPOConfig, RunConfig
+from fastr1.config import Control, DataConfig, GRPOConfig, RolloutConfig, RunConfig
 from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.models import Processor, VideoLanguageModel
 from fastr1.models.texts import prompt_ids
 from fastr1.rewards.answers import extract_answer_letter, extract_think
-from fastr1.rollout import SamplingParams, sample_completions
+from fastr1.rollout import SamplingParams, build_sampler
 from fastr1.schema import Answer, DataError, Sample
 from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
@@ -42,11 +42,16 @@ class Evaluator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop_strings: tuple[str, ...] = (),
+        rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
     ) -> None:
         self._data = data
+        self._rollout = rollout
         self._processor = processor
         self._batch_size = batch_size
-        self._params = SamplingParams(max_completion_length, temperature=temperature, top_p=top_p)
+        self._params = SamplingParams(
+            max_completion_length, temperature=temperature, top_p=top_p, stop_strings=stop_strings
+        )
         self._seed = seed
         bound: dict[str, Any] = {"policy": data.policy, "max_bad_fraction": data.max_bad_fraction}
         fitting, prompts = tokenize_samples(loaded, lambda sample: prompt_ids(processor, data, sample), **bound)
@@ -86,6 +91,7 @@ class Evaluator:
                 return BadRow(sample.origin, error.problem)
             return pixels if control is None else CONTROLS[control](pixels)
 
+        sample = build_sampler(model, self._processor, self._params, self._rollout)
         places = range(len(self.samples))[share] if isinstance(share, slice) else share
         with ClipPrefetcher(load, places, num_threads=threads, depth=2 * self._batch_size) as clips:
             while batch := list(islice(clips, self._batch_size)):
@@ -101,15 +107,7 @@ class Evaluator:
                 with torch.no_grad():
                     visual_tokens = model.visual_tokens([model.encode(pixels) for pixels in usable.values()])
                 prompts = [self._prompts[place].to(device) for place in usable]
-                rollout = sample_completions(
-                    model,
-                    self._processor,
-                    prompts,
-                    visual_tokens,
-                    self._params,
-                    seed=self._seed,
-                    prompt_keys=list(usable),
-                )
+                rollout = sample(prompts, visual_tokens, seed=self._seed, prompt_keys=list(usable))
                 lengths = rollout.completion_mask.sum(dim=1).tolist()
                 samples = [self.samples[place] for place in usable]
                 answers += [_judge(*row) for row in zip(samples, rollout.texts, lengths, strict=True)]

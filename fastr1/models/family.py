@@ -57,13 +57,16 @@ class VideoLanguageModel(nn.Module, ABC):
     A family provides three submodules and the abstract methods; left padding, caching and the packed forward are the
     same for all of them and live here.
 
-    Attributes: packed_attn_implementation, what computes the attention of packed completions.
+    Attributes:
+        packed_attn_implementation: what computes the attention of packed completions.
+        media_token_ids: ids of the vocabulary that stand for a video in a prompt; sampling never draws them.
     """
 
     vision_tower: nn.Module
     connector: nn.Module
     language_model: nn.Module
     packed_attn_implementation: str = ModelConfig.packed_attn_implementation
+    media_token_ids: tuple[int, ...] = ()
 
     @property
     @abstractmethod

@@ -1,7 +1,7 @@
 """Completions sampled from the trainer's own weights."""
 
-from fastr1.rollout.eager import sample_completions
+from fastr1.rollout.backends import build_sampler, sample_completions
 from fastr1.rollout.engine import RolloutEngine
 from fastr1.rollout.params import SamplingParams
 
-__all__ = ["RolloutEngine", "SamplingParams", "sample_completions"]
+__all__ = ["RolloutEngine", "SamplingParams", "build_sampler", "sample_completions"]

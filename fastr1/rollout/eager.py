@@ -8,6 +8,7 @@ ranks. The oracle of `engine`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,13 @@ from transformers.generation.logits_process import LogitsProcessorList, MinPLogi
 
 from fastr1.models import Processor, VideoLanguageModel
 from fastr1.rollout.noise import completion_keys
-from fastr1.rollout.params import SamplingParams
+from fastr1.rollout.params import SamplingParams, find_stop
 from fastr1.schema import Rollout
 from fastr1_kernels import gumbel_noise
 
 
 @torch.no_grad()
-def sample_completions(
+def sample_eagerly(
     model: VideoLanguageModel,
     processor: Processor,
     prompt_ids: Sequence[torch.Tensor],  # B × (L_i,) int64 on the device of the model
@@ -44,6 +45,7 @@ def sample_completions(
     row_keys = completion_keys(seed, range(len(prompt_ids)) if prompt_keys is None else prompt_keys, num_generations)
     row_keys = row_keys.to(embeds.device)
     warpers = _build_warpers(params)
+    media = torch.tensor(model.media_token_ids, dtype=torch.int64, device=embeds.device)
     end_ids = torch.tensor(processor.end_token_ids, device=embeds.device)
     shape = (len(row_keys), params.max_completion_length)
     completion_ids = torch.full(shape, processor.pad_token_id, device=embeds.device)
@@ -52,12 +54,17 @@ def sample_completions(
     rows = torch.arange(len(row_keys), device=embeds.device)  # that are decoded; those that ended leave by halves
     has_ended = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(params.max_completion_length):
-        token, logp = _draw(model.project(hidden)[:, -1].float(), params, warpers, row_keys, step)
+        logits = model.project(hidden)[:, -1].float().index_fill(-1, media, -math.inf)
+        token, logp = _draw(logits, params, warpers, row_keys, step)
         token = torch.where(has_ended, processor.pad_token_id, token)
         completion_ids[rows, step] = token
         completion_mask[rows, step] = ~has_ended
         logps[rows, step] = torch.where(has_ended, 0.0, logp)
         has_ended = has_ended | torch.isin(token, end_ids)
+        if params.stop_strings:
+            for row in (~has_ended).nonzero().flatten().tolist():
+                ids = completion_ids[rows[row], : step + 1].cpu()
+                has_ended[row] = find_stop(processor.decode, ids, step, params.stop_strings) is not None
         num_open = int((~has_ended).sum())
         if step + 1 == params.max_completion_length or num_open == 0:
             break

@@ -28,7 +28,7 @@ from fastr1.models.packed_forward import forward_packed
 from fastr1.models.packed_layout import PackedLayout
 from fastr1.rollout.kv import KeyValueArenas, PrefixWriter
 from fastr1.rollout.noise import completion_keys
-from fastr1.rollout.params import SamplingParams
+from fastr1.rollout.params import SamplingParams, find_stop
 from fastr1.rollout.rows import DecodingRows
 from fastr1.rollout.token_step import TokenStep
 from fastr1.schema import Rollout
@@ -50,14 +50,17 @@ class Completion:
 class RolloutEngine:
     """Rollouts of one model. Arenas and graphs are kept from one to the next while they are large enough."""
 
-    def __init__(self, model: VideoLanguageModel, processor: Processor, params: SamplingParams) -> None:
-        self.model, self.processor, self.params = model, processor, params
+    def __init__(
+        self, model: VideoLanguageModel, processor: Processor, params: SamplingParams, *, keeps_arenas: bool = True
+    ) -> None:
+        self.model, self.processor, self.params, self.keeps_arenas = model, processor, params, keeps_arenas
         self.stack = describe_decoder(model.decoder)
         self.active: list[Completion] = []  # by row
         self.num_rows = 0  # that a step computes; those behind the active ones are padding
         self.num_steps = 0
         self._arenas: KeyValueArenas | None = None
         self._rows: DecodingRows | None = None
+        self.token_step: TokenStep | None = None
 
     @torch.no_grad()
     def sample(
@@ -80,7 +83,10 @@ class RolloutEngine:
             self._finish()
             while any(completion.ended_by is None for completion in self.active):
                 self.step()
-        return self._collect()
+        rollout = self._collect()
+        if not self.keeps_arenas:
+            self._arenas = self._rows = self.token_step = None
+        return rollout
 
     def step(self) -> None:
         """One more token for every completion that has not ended."""
@@ -115,11 +121,19 @@ class RolloutEngine:
             self.params,
             num_generations=num_generations,
             end_ids=end_ids,
-            pad_id=self.processor.pad_token_id,
+            allowed=self._allowed_ids(),
         )
         self.completions = [Completion(row // num_generations, row) for row in range(len(keys))]
         self.active = list(self.completions)
         self.num_rows, self.num_steps = len(self.active), 0
+
+    def _allowed_ids(self) -> torch.Tensor | None:
+        """(V,) bool, False for ids that stand for a video; None: there are none."""
+        if not self.model.media_token_ids:
+            return None
+        allowed = torch.ones(self.model.layout.vocab_size, dtype=torch.bool, device=self.model.device)
+        allowed[list(self.model.media_token_ids)] = False
+        return allowed
 
     def _prefill(self, embeds: list[torch.Tensor]) -> torch.Tensor:
         """Forward every prompt once, its keys and values into the arena; logits (B, V) of the first tokens."""
@@ -160,11 +174,29 @@ class RolloutEngine:
     def _finish(self) -> None:
         """Note who has ended."""
         assert self._rows is not None
+        self._find_stop_strings()
         flags = self._rows.has_ended[: len(self.active)].tolist()
         is_last = self.num_steps + 1 == self.params.max_completion_length
         for completion, has_ended in zip(self.active, flags, strict=True):
             if completion.ended_by is None and (has_ended or is_last):
                 completion.ended_by = "end token" if has_ended else "length"
+
+    def _find_stop_strings(self) -> None:
+        """Note who has said one, and cut behind it."""
+        if not self.params.stop_strings:
+            return
+        assert self._rows is not None
+        for row, completion in enumerate(self.active):
+            if completion.ended_by is not None:
+                continue
+            num_drawn = int(self._rows.lengths[completion.row])
+            ids = self._rows.completion_ids[completion.row, :num_drawn].cpu()
+            length = find_stop(self.processor.decode, ids, completion.num_checked, self.params.stop_strings)
+            completion.num_checked = num_drawn
+            if length is not None:
+                completion.ended_by = "stop string"
+                self._rows.has_ended[row] = True
+                self._rows.lengths[completion.row] = length
 
     def _collect(self) -> Rollout:
         assert self._rows is not None

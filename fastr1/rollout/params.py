@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from fastr1.config import GRPOConfig
 
@@ -18,5 +21,19 @@ class SamplingParams:
     temperature: float = GRPOConfig.temperature
     top_k: int = GRPOConfig.top_k
     top_p: float = GRPOConfig.top_p
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
+    min_p: float = GRPOConfig.min_p
+    stop_strings: tuple[str, ...] = GRPOConfig.stop_strings
+
+
+def find_stop(
+    decode: Callable[[torch.Tensor], str],
+    token_ids: torch.Tensor,  # (n,), a completion
+    num_checked: int,  # of its tokens, in whose text there is none
+    stop_strings: Sequence[str],
+) -> int | None:
+    """How many tokens a completion has when the first stop string is in its text; None while there is none."""
+    for length in range(num_checked + 1, len(token_ids) + 1):
+        text = decode(token_ids[:length])
+        if any(stop in text for stop in stop_strings):
+            return length
+    return None

@@ -35,12 +35,11 @@ class TokenStep:
         *,
         num_generations: int,
         end_ids: torch.Tensor,
-        pad_id: int,
         allowed: torch.Tensor | None = None,  # (V,) bool; False: never drawn
     ) -> None:
         self.stack, self.model, self.rows, self.arenas, self.params = stack, model, rows, arenas, params
         self.num_generations = num_generations
-        self.end_ids, self.pad_id, self.allowed = end_ids, pad_id, allowed
+        self.end_ids, self.allowed = end_ids, allowed
         self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
         self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
         self.cos, self.sin = self.stack.rotation(arenas.prompt_length + arenas.completion_length)

@@ -30,7 +30,7 @@ from fastr1.models.texts import prompt_ids
 from fastr1.reporting.sampler_gap import SamplerGap
 from fastr1.reporting.statistics import Metrics, TokenSums, mean_metrics, rollout_rows, summarise_rollout
 from fastr1.rewards import build_scorer
-from fastr1.rollout import SamplingParams, sample_completions
+from fastr1.rollout import SamplingParams, build_sampler
 from fastr1.roofline import GroupWork, StepLimit, StepWork, describe_model, probe_machine
 from fastr1.schema import Batch, DataError, Rollout, Sample, Update
 from fastr1.training.agreement import agreement, on_every_rank
@@ -87,9 +87,9 @@ class GRPOTrainer:
         if run.config.run.roofline:
             shape = describe_model(run.model, read_config(run.config.model.path))
             self.limit = StepLimit(shape, probe_machine(self.distributed.device, run.model.dtype))
-        self.sampling = SamplingParams(
-            self.grpo.max_completion_length, self.grpo.temperature, self.grpo.top_k, self.grpo.top_p
-        )
+        names = ("max_completion_length", "temperature", "top_k", "top_p", "min_p", "stop_strings")
+        params = SamplingParams(**{name: getattr(self.grpo, name) for name in names})
+        self.sample = build_sampler(run.model, run.processor, params, run.config.rollout)
 
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the prompts. Returns metrics of all ranks and this rank's rollout rows."""
@@ -169,12 +169,9 @@ class GRPOTrainer:
 
     def _roll_out(self, prompt_ids: list[torch.Tensor], visual_tokens: list[torch.Tensor], keys: list[int]) -> Rollout:
         model = self.run.model.eval()  # in training mode, gradient checkpointing would switch the cache off
-        rollout = sample_completions(
-            model,
-            self.run.processor,
+        rollout = self.sample(
             prompt_ids,
             visual_tokens,
-            self.sampling,
             num_generations=self.grpo.num_generations,
             seed=self.config.run.seed,
             prompt_keys=keys,

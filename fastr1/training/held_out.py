@@ -30,4 +30,6 @@ def build_evaluator(config: TrainConfig, processor: Processor) -> Evaluator | No
         data,
         batch_size=run.per_device_eval_batch_size,
         max_completion_length=config.grpo.max_completion_length,
+        stop_strings=config.grpo.stop_strings,
+        rollout=config.rollout,
     )
