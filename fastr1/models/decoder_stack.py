@@ -159,4 +159,6 @@ def _describe_layer(decoder: str, index: int, layer: Any) -> DecoderLayer:
 
 def _require(where: str, what: str, module: nn.Module, known: tuple[str, ...]) -> None:
     if type(module).__name__ not in known:
-        raise UnknownDecoderError(f"{where}: {what} is {type(module).__name__}, known are {', '.join(known)}; {_REMEDY}")
+        raise UnknownDecoderError(
+            f"{where}: {what} is {type(module).__name__}, known are {', '.join(known)}; {_REMEDY}"
+        )

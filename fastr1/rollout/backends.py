@@ -57,5 +57,4 @@ def sample_completions(
 ) -> Rollout:
     """One rollout, as of `build_sampler`."""
     sampler = build_sampler(model, processor, params, config)
-    more = {"num_generations": num_generations, "seed": seed, "prompt_keys": prompt_keys}
-    return sampler(prompt_ids, visual_tokens, **more)
+    return sampler(prompt_ids, visual_tokens, num_generations=num_generations, seed=seed, prompt_keys=prompt_keys)

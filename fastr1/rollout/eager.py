@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.generation.logits_process import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from fastr1.models import Processor, VideoLanguageModel
 from fastr1.rollout.noise import completion_keys

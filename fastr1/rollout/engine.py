@@ -13,9 +13,9 @@ On a GPU the host looks only every few steps at who has ended, and a step is a C
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Literal
 
@@ -26,7 +26,10 @@ from fastr1.models.decoder_stack import describe_decoder
 from fastr1.models.packed_attention import choose_packed_backend
 from fastr1.models.packed_forward import forward_packed
 from fastr1.models.packed_layout import PackedLayout
+from fastr1.rollout.costs import RolloutCosts
+from fastr1.rollout.graphs import StepGraphs, bucket_of
 from fastr1.rollout.kv import KeyValueArenas, PrefixWriter
+from fastr1.rollout.memory import RolloutPlan, free_bytes
 from fastr1.rollout.noise import completion_keys
 from fastr1.rollout.params import SamplingParams, find_stop
 from fastr1.rollout.rows import DecodingRows
@@ -34,6 +37,7 @@ from fastr1.rollout.token_step import TokenStep
 from fastr1.schema import Rollout
 
 PREFILL_TOKENS = 16384  # prompts forwarded at a time hold no more, or are one
+STEPS_PER_LOOK = 16
 KEPT_SHARE = 0.85  # on a CPU rows close up when no more than this share of them is open
 
 
@@ -51,9 +55,20 @@ class RolloutEngine:
     """Rollouts of one model. Arenas and graphs are kept from one to the next while they are large enough."""
 
     def __init__(
-        self, model: VideoLanguageModel, processor: Processor, params: SamplingParams, *, keeps_arenas: bool = True
+        self,
+        model: VideoLanguageModel,
+        processor: Processor,
+        params: SamplingParams,
+        *,
+        keeps_arenas: bool = True,
+        graphs: StepGraphs | None = None,  # None: those of CUDA on a GPU, no graphs elsewhere
+        steps_per_look: int | None = None,  # between two looks at who has ended; None: 16 on a GPU, else 1
     ) -> None:
         self.model, self.processor, self.params, self.keeps_arenas = model, processor, params, keeps_arenas
+        on_gpu = model.device.type == "cuda"
+        self.graphs = graphs or (StepGraphs() if on_gpu else None)
+        self.steps_per_look = steps_per_look or (STEPS_PER_LOOK if on_gpu else 1)
+        self.costs = RolloutCosts()
         self.stack = describe_decoder(model.decoder)
         self.active: list[Completion] = []  # by row
         self.num_rows = 0  # that a step computes; those behind the active ones are padding
@@ -73,20 +88,28 @@ class RolloutEngine:
         prompt_keys: Sequence[int] | None = None,  # B ids that make draws independent of batching; default 0…B−1
     ) -> Rollout:
         """G completions for each prompt, rows in prompt-major order; as `eager.sample_completions`."""
-        embeds = [
-            self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)
-        ]
+        embeds = [self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
         keys = completion_keys(seed, range(len(embeds)) if prompt_keys is None else prompt_keys, num_generations)
+        self.costs = RolloutCosts()
         self._start(embeds, keys.to(self.model.device), num_generations)
+        assert self.token_step is not None
         with torch.inference_mode():
-            self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
-            self._finish()
-            while any(completion.ended_by is None for completion in self.active):
-                self.step()
+            with self.costs.prefill(embeds, len(keys)):
+                self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
+                self._finish()
+            with self.costs.decode():
+                while any(completion.ended_by is None for completion in self.active):
+                    self.step()
         rollout = self._collect()
         if not self.keeps_arenas:
-            self._arenas = self._rows = self.token_step = None
+            self.release()
         return rollout
+
+    def release(self) -> None:
+        """Free arenas and graphs; the next rollout makes them again."""
+        self._arenas = self._rows = self.token_step = None
+        if self.graphs:
+            self.graphs.clear()
 
     def step(self) -> None:
         """One more token for every completion that has not ended."""
@@ -99,7 +122,13 @@ class RolloutEngine:
         lengths = [len(rows) for rows in embeds]
         size = (len(embeds), max(lengths), len(keys), self.params.max_completion_length)
         if self._arenas is None or not self._arenas.holds(*size):
-            self._arenas = None  # freed before there are others
+            self.release()  # before there are others
+            plan = RolloutPlan(
+                self.model.layout, embeds[0].dtype, size[0], size[1], num_generations, self.params.max_completion_length
+            )
+            free = free_bytes(embeds[0].device)
+            if free is not None:
+                plan.check_fits(free)
             self._arenas = KeyValueArenas(
                 self.model.layout,
                 num_prompts=size[0],
@@ -110,19 +139,14 @@ class RolloutEngine:
                 device=embeds[0].device,
             )
             self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device)
+            end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
+            self.token_step = TokenStep(
+                self.stack, self.model, self._rows, self._arenas, self.params, end_ids, self._allowed_ids()
+            )
         assert self._rows is not None
+        assert self.token_step is not None
         self._rows.start(keys, lengths, lengths, num_generations)
-        end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
-        self.token_step = TokenStep(
-            self.stack,
-            self.model,
-            self._rows,
-            self._arenas,
-            self.params,
-            num_generations=num_generations,
-            end_ids=end_ids,
-            allowed=self._allowed_ids(),
-        )
+        self.token_step.refresh(num_generations)
         self.completions = [Completion(row // num_generations, row) for row in range(len(keys))]
         self.active = list(self.completions)
         self.num_rows, self.num_steps = len(self.active), 0
@@ -156,27 +180,52 @@ class RolloutEngine:
     def _schedule(self) -> None:
         """Close up when enough completions have ended."""
         kept = [row for row, completion in enumerate(self.active) if completion.ended_by is None]
-        if len(kept) > KEPT_SHARE * self.num_rows:
-            return
         assert self._arenas is not None
         assert self._rows is not None
+        if self.graphs:
+            num_rows = bucket_of(len(kept), self._rows.size)
+            if num_rows >= self.num_rows and self.num_steps > 0:
+                return
+        else:
+            num_rows = len(kept)
+            if num_rows > KEPT_SHARE * self.num_rows:
+                return
+        self.num_rows = num_rows
+        if len(kept) == len(self.active):
+            return
         self.active = [self.active[row] for row in kept]
         sizes = [0] * (self.completions[-1].prompt + 1)
         for completion in self.active:
             sizes[completion.prompt] += 1
         self._arenas.keep(self._rows.keep(kept, sizes), self.num_steps)
-        self.num_rows = len(kept)
 
     def _run(self) -> None:
-        self.token_step(self.num_rows)
+        assert self.token_step is not None
+        if self.graphs:
+            step = partial(self.token_step, self.num_rows)
+            self.graphs.run(self.token_step.key(self.num_rows), step, self._warm_up)
+        else:
+            self.token_step(self.num_rows)
         self.num_steps += 1
+        self.costs.add_step(self.num_rows, self.num_steps)
+
+    def _warm_up(self, step: Callable[[], None]) -> None:
+        """Run a step on padding alone, without a trace in the rows; padding writes nothing into the arenas."""
+        assert self._rows is not None
+        copies = self._rows.snapshot()
+        self._rows.clear(0)
+        self._rows.cu_rows.zero_()
+        step()
+        self._rows.restore(copies)
 
     def _finish(self) -> None:
-        """Note who has ended."""
+        """Note who has ended, where it is time to look."""
         assert self._rows is not None
+        is_last = self.num_steps + 1 == self.params.max_completion_length
+        if self.num_steps % self.steps_per_look and not is_last:
+            return
         self._find_stop_strings()
         flags = self._rows.has_ended[: len(self.active)].tolist()
-        is_last = self.num_steps + 1 == self.params.max_completion_length
         for completion, has_ended in zip(self.active, flags, strict=True):
             if completion.ended_by is None and (has_ended or is_last):
                 completion.ended_by = "end token" if has_ended else "length"
@@ -209,7 +258,8 @@ class RolloutEngine:
         is_truncated = torch.tensor([c.ended_by == "length" for c in self.completions], device=lengths.device)
         on_host = zip(ids.cpu(), lengths.tolist(), strict=True)
         texts = [self.processor.decode(row[:length]) for row, length in on_host]
-        return Rollout(ids, mask, logps, is_truncated, texts)
+        metrics = self.costs.metrics(self.model, int(lengths.sum()), self.graphs)
+        return Rollout(ids, mask, logps, is_truncated, texts, metrics)
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> list[slice]:

@@ -18,11 +18,6 @@ import torch
 from fastr1.models.family import DecoderLayout
 
 
-def bytes_per_token(layout: DecoderLayout, dtype: torch.dtype) -> int:
-    """Of keys and values of one token in all layers."""
-    return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * dtype.itemsize
-
-
 class KeyValueArenas:
     """Room for B prompts of up to P tokens and S completions of up to T tokens.
 
@@ -43,13 +38,9 @@ class KeyValueArenas:
         self.num_prompts, self.prompt_length = num_prompts, prompt_length
         self.num_completions, self.completion_length = num_completions, completion_length
         shape = (layout.num_layers, num_prompts, layout.num_kv_heads, prompt_length, layout.head_dim)
-        self.prefix_k, self.prefix_v = (
-            torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2)
-        )
+        self.prefix_k, self.prefix_v = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
         shape = (layout.num_layers, num_completions, layout.num_kv_heads, completion_length, layout.head_dim)
-        self.suffix_k, self.suffix_v = (
-            torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2)
-        )
+        self.suffix_k, self.suffix_v = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
 
     def holds(self, num_prompts: int, prompt_length: int, num_completions: int, completion_length: int) -> bool:
         """Whether there is room for so much."""

@@ -23,7 +23,7 @@ from fastr1_kernels import add_rms_norm, decode_attention, rope_and_store, sampl
 
 
 class TokenStep:
-    """Steps of one rollout after another. `stack` and `model` are the trainer's own."""
+    """Steps of one rollout after another, each begun with `refresh`. `stack` and `model` are the trainer's own."""
 
     def __init__(
         self,
@@ -32,21 +32,30 @@ class TokenStep:
         rows: DecodingRows,
         arenas: KeyValueArenas,
         params: SamplingParams,
-        *,
-        num_generations: int,
         end_ids: torch.Tensor,
         allowed: torch.Tensor | None = None,  # (V,) bool; False: never drawn
     ) -> None:
         self.stack, self.model, self.rows, self.arenas, self.params = stack, model, rows, arenas, params
-        self.num_generations = num_generations
         self.end_ids, self.allowed = end_ids, allowed
-        self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
-        self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
-        self.cos, self.sin = self.stack.rotation(arenas.prompt_length + arenas.completion_length)
+        self.cos, self.sin = stack.rotation(arenas.prompt_length + arenas.completion_length)
+
+    def refresh(self, num_generations: int) -> None:
+        """Begin a rollout: the weights may be others, the tensors of this step stay where they are."""
+        self.num_generations = num_generations
+        self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in self.stack.layers]
+        self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in self.stack.layers]
 
     def __call__(self, num_rows: int) -> None:
         """Forward the last token of the first rows, and draw their next one."""
         self.draw(self.model.project(self.hidden(num_rows)))
+
+    def key(self, num_rows: int) -> tuple[object, ...]:
+        """Everything beside the rows' state that a step of so many rows depends on: numbers that shape or are given to
+        launches, and where weights and arenas are."""
+        arenas, rows = self.arenas, self.rows
+        sizes = (arenas.num_prompts, arenas.prompt_length, arenas.num_completions, arenas.completion_length)
+        tensors = (*self.stack.parameters(), self.model.head[0], self.cos, self.sin, self.end_ids, rows.tokens)
+        return (num_rows, *sizes, self.num_generations, self.params, tuple(x.data_ptr() for x in tensors))
 
     def hidden(self, num_rows: int) -> torch.Tensor:
         """States (R, D) behind the last tokens, after the last norm; their keys and values are in the arena."""
@@ -59,9 +68,7 @@ class TokenStep:
         residual: torch.Tensor | None = None
         for index, layer in enumerate(stack.layers):
             normed, residual = _norm(layer.input_norm, x, residual)
-            q, k, v = (
-                x.unflatten(1, (-1, stack.head_dim)) for x in self.attention_inputs[index](normed)
-            )
+            q, k, v = (x.unflatten(1, (-1, stack.head_dim)) for x in self.attention_inputs[index](normed))
             norms = {}
             if layer.q_norm is not None and layer.k_norm is not None:
                 norms = {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight}

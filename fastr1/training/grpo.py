@@ -83,6 +83,7 @@ class GRPOTrainer:
         # Ids and lengths come from the rollout and are right; looking at their values would wait for a GPU.
         self.check_values = self.distributed.device.type == "cpu"
         self.reference = load_policy(run.config).requires_grad_(False) if self.grpo.beta else None
+        self.rollout_metrics: Metrics = {}  # of this rank's last rollout
         self.limit: StepLimit | None = None
         if run.config.run.roofline:
             shape = describe_model(run.model, read_config(run.config.model.path))
@@ -110,6 +111,7 @@ class GRPOTrainer:
                 tokens = self._connect_reference(visual.videos) if visual.is_trained else visual.detached
                 batch.ref_logps = self._compute_logps(self.reference, batch, steps, tokens)
         metrics = {**self._optimize(batch, steps, visual), **summarise_rollout(self.distributed, batch)}
+        metrics |= mean_metrics(self.distributed.gather_objects(self.rollout_metrics))
         metrics["extra_groups"] = float(len(dropped) * self.distributed.world_size)
         num_steps = len(steps) * self.grpo.num_iterations
         return {**metrics, **self._distance_to_limit(batch, num_steps, dropped)}, rollout_rows(batch)
@@ -177,6 +179,7 @@ class GRPOTrainer:
             prompt_keys=keys,
         )
         model.train()
+        self.rollout_metrics = {f"rollout/{name}": value for name, value in rollout.metrics.items()}
         return rollout
 
     def _score(

@@ -28,7 +28,6 @@ from trainer_toys import (
     write_world,
 )
 
-import fastr1.evaluation.multiple_choice
 import fastr1.reporting.timing
 import fastr1.training.grpo
 from fastr1.config import load_config, save_config
@@ -39,6 +38,7 @@ from fastr1.models.texts import prompt_ids
 from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.reporting.run_log import read_rows
 from fastr1.reporting.statistics import mean_metrics
+from fastr1.rollout import RolloutEngine
 from fastr1.schema import DataError, Sample, Update
 from fastr1.training.checkpoint import find_last_checkpoint
 from fastr1.training.grpo import GRPOTrainer, run_grpo
@@ -208,25 +208,25 @@ def test_zero_3_gathers_once_around_vision_rollout_and_evaluation(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not gathered, each layer would be fetched per token, and ranks of unequal rollouts would wait for ever."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {"sample": [], "encode": [], "forward": []}
 
-    def watch(owner: Any, name: str, label: str = "") -> None:
+    def watch(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
-        def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
-            sizes[label or name] = min(p.numel() for p in model.parameters())
-            return original(model, *args, **kwargs)
+        def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes[name].append(min(p.numel() for p in getattr(self, "model", self).parameters()))
+            return original(self, *args, **kwargs)
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(fastr1.training.grpo, "sample_completions")
-    watch(fastr1.evaluation.multiple_choice, "sample_completions", "evaluation")
+    watch(RolloutEngine, "sample")  # that of the update, and those of the evaluation
     watch(TinyLlavaVideo, "encode")
     watch(TinyLlavaVideo, "forward")
     questions = str(world / "questions.jsonl")
     train(world, tmp_path, deepspeed=ZERO_3, optim__max_steps=1, run__eval_steps=1, data__eval_file=questions)
-    assert min(sizes["sample_completions"], sizes["evaluation"], sizes["encode"]) > 0
-    assert sizes["forward"] == 0  # training itself stays partitioned
+    assert len(sizes["sample"]) >= 2
+    assert min(*sizes["sample"], *sizes["encode"]) > 0
+    assert max(sizes["forward"]) == 0  # training itself stays partitioned
 
 
 def test_gradient_checkpointing_gives_the_same_update(world: Path, plain: Path, tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""What a rollout took: times, tokens, and the bytes that its steps had to read at least."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fastr1.models import VideoLanguageModel
+from fastr1.rollout.graphs import StepGraphs
+
+
+class RolloutCosts:
+    """Counts of one rollout. Times end when the device has done its work: a rollout ends with a look at the device."""
+
+    def __init__(self) -> None:
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prompt_lengths: list[int] = []
+        self.num_completions = 0
+        self.num_steps = self.computed_rows = self.read_suffix_tokens = 0
+
+    @contextmanager
+    def prefill(self, embeds: Sequence[torch.Tensor], num_completions: int) -> Iterator[None]:
+        self.num_completions = num_completions
+        self.prompt_lengths = [len(rows) for rows in embeds]
+        start = time.perf_counter()
+        yield
+        self.prefill_seconds = time.perf_counter() - start
+
+    @contextmanager
+    def decode(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.decode_seconds = time.perf_counter() - start
+
+    def add_step(self, num_rows: int, suffix_length: int) -> None:
+        """A step that computed so many rows, padding and ended ones among them."""
+        self.num_steps += 1
+        self.computed_rows += num_rows
+        self.read_suffix_tokens += num_rows * suffix_length
+
+    def metrics(self, model: VideoLanguageModel, num_tokens: int, graphs: StepGraphs | None) -> dict[str, float]:
+        """Tokens per second, 10⁹ bytes per second that decoding read at least (weights, and the prompts' keys and
+        values, once a step), and the share of computed rows that gave no token: padding, and ended completions."""
+        layout, size = model.layout, model.dtype.itemsize
+        token_bytes = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * size
+        weights = sum(p.numel() for p in model.decoder.layers.parameters())
+        weight_bytes = (weights + layout.vocab_size * layout.hidden_size) * size
+        read = self.num_steps * (weight_bytes + sum(self.prompt_lengths) * token_bytes)
+        read += self.read_suffix_tokens * token_bytes
+        found = {
+            "prefill_tokens_per_second": sum(self.prompt_lengths) / self.prefill_seconds,
+            "tokens_per_second": num_tokens / (self.prefill_seconds + self.decode_seconds),
+            "decode_steps": float(self.num_steps),
+        }
+        if self.num_steps:
+            decoded = num_tokens - self.num_completions  # the first of each was drawn by the prefill
+            found["decode_tokens_per_second"] = decoded / self.decode_seconds
+            found["decode_gb_per_second"] = read / self.decode_seconds / 1e9
+            found["wasted_rows"] = 1 - decoded / self.computed_rows
+        if graphs:
+            found |= {"graph_replays": float(graphs.num_replays), "graph_captures": float(graphs.num_captures)}
+        return found

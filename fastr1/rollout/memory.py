@@ -1,0 +1,93 @@
+"""What a rollout keeps in memory, counted before it is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastr1.models.family import DecoderLayout
+
+_GIB = 2**30
+
+
+class RolloutMemoryError(ValueError):
+    """A rollout cannot fit. The message says what to lower, and to what."""
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """Keys and values of B prompts of up to P tokens and of G completions each of up to T tokens, and a step's logits.
+
+    Bytes: 2 · layers · Hkv · d · e · (B·P + B·G·T) + 8 · B·G·V, logits in float32 and once more in the draw.
+    """
+
+    layout: DecoderLayout
+    dtype: torch.dtype
+    num_prompts: int
+    prompt_length: int
+    num_generations: int
+    completion_length: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layout.num_layers * self.layout.num_kv_heads * self.layout.head_dim * self.dtype.itemsize
+
+    @property
+    def prefix_bytes(self) -> int:
+        return self.token_bytes * self.num_prompts * self.prompt_length
+
+    @property
+    def suffix_bytes(self) -> int:
+        return self.token_bytes * self.num_prompts * self.num_generations * self.completion_length
+
+    @property
+    def logits_bytes(self) -> int:
+        return 8 * self.num_prompts * self.num_generations * self.layout.vocab_size
+
+    @property
+    def total_bytes(self) -> int:
+        return self.prefix_bytes + self.suffix_bytes + self.logits_bytes
+
+    def check_fits(self, free_bytes: int) -> None:
+        """Raises RolloutMemoryError where more is needed than is free."""
+        if self.total_bytes <= free_bytes:
+            return
+        parts = ((self.prefix_bytes, "the prompts"), (self.suffix_bytes, "the completions"))
+        held = ", ".join(f"{size / _GIB:.2f} GiB for {what}" for size, what in parts)
+        raise RolloutMemoryError(
+            f"a rollout of {self.num_prompts} prompts of up to {self.prompt_length} tokens, with "
+            f"{self.num_generations} completions each of up to {self.completion_length}, needs "
+            f"{self.total_bytes / _GIB:.2f} GiB of keys, values and logits ({held}), and {free_bytes / _GIB:.2f} GiB "
+            f"are free: {self._remedy(free_bytes)}"
+        )
+
+    def _remedy(self, free_bytes: int) -> str:
+        ways = []
+        per_prompt = replace(self, num_prompts=1).total_bytes
+        if (number := free_bytes // per_prompt) >= 1:
+            ways.append(f"optim.per_device_train_batch_size to {number} or less")
+        rest = free_bytes - self.prefix_bytes - self.logits_bytes
+        length = rest // (self.token_bytes * self.num_prompts * self.num_generations)
+        if length >= 1:
+            ways.append(f"grpo.max_completion_length to {length} or less")
+        per_completion = self.num_prompts * (self.token_bytes * self.completion_length + 8 * self.layout.vocab_size)
+        if (number := (free_bytes - self.prefix_bytes) // per_completion) >= 2:
+            ways.append(f"grpo.num_generations to {number} or less")
+        if not ways:
+            return "one prompt alone does not fit; use fewer frames or a GPU with more memory"
+        return "lower " + ", or ".join(ways)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated; None where the system does not say."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

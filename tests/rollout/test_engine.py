@@ -1,0 +1,205 @@
+"""The engine's own parts: closing up, graphs replayed with padding, the memory plan, what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from trainer_toys import INSTRUCTION, build_model, build_tokenizer, problem
+
+from fastr1.models.family import DecoderLayout
+from fastr1.models.tinyllava import TinyLlavaProcessor, TinyLlavaVideo
+from fastr1.models.tinyllava.prompts import build_prompt, tokenize_with_image
+from fastr1.rollout import RolloutEngine, SamplingParams, engine, memory
+from fastr1.rollout.eager import sample_eagerly
+from fastr1.rollout.graphs import BUCKETS, StepGraphs, bucket_of
+from fastr1.rollout.memory import RolloutMemoryError, RolloutPlan
+from fastr1.schema import Rollout
+
+PARAMS = SamplingParams(12)
+
+
+class Replayed:
+    """Stands for a CUDA graph: runs again what was captured, with the numbers of then."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.replay = step
+
+
+@pytest.fixture(scope="module")
+def toy() -> tuple[TinyLlavaVideo, TinyLlavaProcessor, list[torch.Tensor], list[torch.Tensor]]:
+    """A model, and five prompts of different lengths with their visual tokens."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, eos_scale=3.0)
+    processor = TinyLlavaProcessor(tokenizer, model.config)
+    texts = [build_prompt(problem(i), instruction=INSTRUCTION) for i in range(5)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        videos = [model.encode(torch.randn(4, 3, 28, 28, generator=generator)) for _ in texts]
+        tokens = list(model.visual_tokens(videos))
+    return model, processor, [torch.tensor(tokenize_with_image(text, tokenizer)) for text in texts], tokens
+
+
+def assert_same(ours: Rollout, theirs: Rollout) -> None:
+    assert ours.completion_ids.tolist() == theirs.completion_ids.tolist()
+    assert ours.completion_mask.tolist() == theirs.completion_mask.tolist()
+    assert ours.is_truncated.tolist() == theirs.is_truncated.tolist()
+    assert ours.texts == theirs.texts
+    torch.testing.assert_close(ours.sampler_logps, theirs.sampler_logps, atol=1e-5, rtol=0)
+
+
+def test_ended_rows_leave(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a step computes: fewer than if all went on to the end, and no fewer than there are tokens."""
+    model, processor, prompts, tokens = toy
+    computed: list[int] = []
+    sampler = RolloutEngine(model, processor, PARAMS)
+    monkeypatch.setattr(engine, "KEPT_SHARE", 1.0)
+    run = RolloutEngine._run
+    monkeypatch.setattr(RolloutEngine, "_run", lambda self: (computed.append(self.num_rows), run(self))[1])
+    rollout = sampler.sample(prompts, tokens, num_generations=6)
+    lengths = rollout.completion_mask.sum(dim=1)
+    assert computed == [int((lengths > step).sum()) for step in range(1, len(computed) + 1)]
+    assert computed[-1] < 30
+    assert rollout.metrics["wasted_rows"] == 0
+
+
+@pytest.mark.parametrize("steps_per_look", [1, 3, 16])
+def test_replayed_steps_give_what_plain_steps_give(toy, steps_per_look: int) -> None:
+    """Buckets with padding, looks that come late, several rollouts of different sizes on the same graphs."""
+    model, processor, prompts, tokens = toy
+    graphs = StepGraphs(Replayed)
+    sampler = RolloutEngine(model, processor, PARAMS, graphs=graphs, steps_per_look=steps_per_look)
+    for number, group, seed in ((5, 6, 0), (5, 6, 1), (2, 3, 2), (5, 1, 3)):
+        theirs = sample_eagerly(
+            model, processor, prompts[:number], tokens[:number], PARAMS, num_generations=group, seed=seed
+        )
+        ours = sampler.sample(prompts[:number], tokens[:number], num_generations=group, seed=seed)
+        assert_same(ours, theirs)
+    assert 0 < graphs.num_captures < graphs.num_replays
+    captured = graphs.num_captures
+    sampler.sample(prompts, tokens, num_generations=6, seed=1)
+    assert graphs.num_captures == captured  # known from the second rollout
+
+
+def test_graph_is_not_replayed_where_its_key_has_changed(toy) -> None:
+    """Another length of the arena, group or weight in another place: captured again."""
+    model, processor, prompts, tokens = toy
+    graphs = StepGraphs(Replayed)
+    sampler = RolloutEngine(model, processor, PARAMS, graphs=graphs)
+    sampler.sample(prompts[:1], tokens[:1], num_generations=4)
+    step = sampler.token_step
+    assert step is not None
+    key = step.key(4)
+    assert key == step.key(4)
+    assert key != step.key(8)
+    step.num_generations = 5
+    assert key != step.key(4)
+    step.num_generations = 4
+    weight = model.decoder.layers[0].mlp.up_proj.weight
+    old = weight.data
+    weight.data = old.clone()
+    assert key != step.key(4)
+    weight.data = old
+    assert key == step.key(4)
+    sampler.sample(prompts, tokens, num_generations=6)  # larger arenas
+    assert sampler.token_step.key(4) != key
+
+
+@torch.no_grad()
+def test_warm_up_leaves_no_trace(toy) -> None:
+    model, processor, prompts, tokens = toy
+    sampler = RolloutEngine(model, processor, PARAMS)
+    sampler.sample(prompts, tokens, num_generations=2)
+    rows, arenas = sampler._rows, sampler._arenas
+    before = [x.clone() for x in (*rows.snapshot(), *arenas.suffix_k, *arenas.suffix_v)]
+    sampler._warm_up(lambda: sampler.token_step(8))
+    for old, new in zip(before, (*rows.snapshot(), *arenas.suffix_k, *arenas.suffix_v), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_buckets() -> None:
+    assert [bucket_of(n, 1000) for n in (1, 8, 9, 64, 65, 512, 700)] == [8, 8, 16, 64, 96, 512, 1000]
+    assert bucket_of(5, 6) == 6
+    assert list(BUCKETS) == sorted(BUCKETS)
+
+
+def test_arenas_are_kept_or_freed(toy) -> None:
+    model, processor, prompts, tokens = toy
+    keeping = RolloutEngine(model, processor, PARAMS)
+    first = keeping.sample(prompts, tokens)
+    arenas = keeping._arenas
+    assert arenas is not None
+    assert_same(keeping.sample(prompts, tokens), first)
+    assert keeping._arenas is arenas
+    freeing = RolloutEngine(model, processor, PARAMS, keeps_arenas=False)
+    assert_same(freeing.sample(prompts, tokens), first)
+    assert freeing._arenas is None
+    assert_same(freeing.sample(prompts, tokens), first)
+
+
+# Memory
+
+LAYOUT = DecoderLayout(36, 2048, 11008, 16, 2, 128, 151_936, True)
+
+
+def test_plan_of_the_3b_model() -> None:
+    """64 prompts of 612 tokens with 8 completions of up to 512: 36,864 bytes a token."""
+    plan = RolloutPlan(LAYOUT, torch.bfloat16, 64, 612, 8, 512)
+    assert plan.token_bytes == 36_864
+    assert plan.prefix_bytes == 64 * 612 * 36_864
+    assert plan.suffix_bytes == 64 * 8 * 512 * 36_864
+    assert plan.logits_bytes == 64 * 8 * 151_936 * 8
+    plan.check_fits(plan.total_bytes)
+
+
+def test_what_cannot_fit_says_what_to_lower_and_to_what() -> None:
+    plan = RolloutPlan(LAYOUT, torch.bfloat16, 64, 612, 8, 512)
+    free = plan.total_bytes // 2
+    with pytest.raises(RolloutMemoryError, match="64 prompts of up to 612 tokens") as caught:
+        plan.check_fits(free)
+    words = str(caught.value).replace(",", "").split()
+    for setting, field in (
+        ("optim.per_device_train_batch_size", "num_prompts"),
+        ("grpo.max_completion_length", "completion_length"),
+        ("grpo.num_generations", "num_generations"),
+    ):
+        value = int(words[words.index(setting) + 2])
+        replace(plan, **{field: value}).check_fits(free)
+        with pytest.raises(RolloutMemoryError):
+            replace(plan, **{field: value + 1}).check_fits(free)
+    with pytest.raises(RolloutMemoryError, match="one prompt alone"):
+        plan.check_fits(1000)
+
+
+def test_engine_refuses_before_it_allocates(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor, prompts, tokens = toy
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(engine, "KeyValueArenas", None)
+    with pytest.raises(RolloutMemoryError, match="are free"):
+        RolloutEngine(model, processor, PARAMS).sample(prompts, tokens)
+
+
+def test_free_bytes_of_this_machine() -> None:
+    free = memory.free_bytes(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+
+
+def test_metrics(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against counts by hand, with a clock that advances by one second."""
+    model, processor, prompts, tokens = toy
+    clock = iter(range(100))
+    monkeypatch.setattr("fastr1.rollout.costs.time.perf_counter", lambda: float(next(clock)))
+    rollout = RolloutEngine(model, processor, replace(PARAMS, temperature=0)).sample(prompts, tokens, num_generations=2)
+    lengths, found = rollout.completion_mask.sum(dim=1), rollout.metrics
+    assert found["prefill_tokens_per_second"] == sum(model.prompt_lengths(prompts, tokens))
+    assert found["tokens_per_second"] == int(lengths.sum()) / 2
+    assert found["decode_tokens_per_second"] == int(lengths.sum()) - 10
+    assert found["decode_steps"] == int(lengths.max()) - 1
+    text = model.layout
+    weights = sum(p.numel() for p in model.decoder.layers.parameters()) + text.vocab_size * text.hidden_size
+    token = 2 * text.num_layers * text.num_kv_heads * text.head_dim
+    least = found["decode_steps"] * (weights + sum(model.prompt_lengths(prompts, tokens)) * token)
+    assert found["decode_gb_per_second"] * 1e9 / 4 >= least
+    assert found["decode_gb_per_second"] * 1e9 / 4 <= least + token * 10 * int(lengths.max()) ** 2
