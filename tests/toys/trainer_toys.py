@@ -207,7 +207,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 
 def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     """The metric rows without those that depend on the machine."""
-    machine = ("time/", "tokens_per_second", "peak_memory_bytes")
+    machine = ("time/", "rollout/", "tokens_per_second", "peak_memory_bytes")
     return [
         {k: v for k, v in row.items() if not k.startswith(machine)} for row in read_rows(output_dir / "metrics.jsonl")
     ]

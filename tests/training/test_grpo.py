@@ -225,7 +225,7 @@ def test_zero_3_gathers_once_around_vision_rollout_and_evaluation(
     questions = str(world / "questions.jsonl")
     train(world, tmp_path, deepspeed=ZERO_3, optim__max_steps=1, run__eval_steps=1, data__eval_file=questions)
     assert len(sizes["sample"]) >= 2
-    assert min(*sizes["sample"], *sizes["encode"]) > 0
+    assert min(*sizes["sample"], sizes["encode"][-1]) > 0
     assert max(sizes["forward"]) == 0  # training itself stays partitioned
 
 
@@ -360,7 +360,8 @@ def test_skipped_video_contributes_nothing(world: Path, tmp_path: Path, loss_typ
             places = list(range(num_samples))
             update = Update(1, samples, places, places, pixels)
             metrics, _ = GRPOTrainer(run).step(update)
-            states.append((run.distributed.consolidated_state_dict(), metrics))
+            counted = {name: value for name, value in metrics.items() if not name.startswith("rollout/")}
+            states.append((run.distributed.consolidated_state_dict(), counted))
     assert_same(states[0][0], states[1][0])
     assert states[0][1] == pytest.approx(states[1][1], rel=1e-5, abs=1e-6)
 

@@ -276,7 +276,7 @@ def test_resuming_into_the_folder_of_another_run_is_refused(world: Path, interru
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: (step, value) per name, without those that depend on the machine."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    machine = ("time/", "tokens_per_second", "peak_memory_bytes")
+    machine = ("time/", "rollout/", "tokens_per_second", "peak_memory_bytes")
     names = [name for name in events.Tags()["scalars"] if not name.startswith(machine)]
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
