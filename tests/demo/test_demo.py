@@ -61,9 +61,10 @@ def test_answer_follows_from_the_tracks(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_single_moment_gives_the_answer(kind):
     """Two scenes that look the same at one moment can have different answers, at every moment."""
+    scenes = _scenes(kind, 400)
     for moment in range(8):
         answers: dict[tuple, set[str]] = {}
-        for scene in _scenes(kind, 4000 if moment in (0, 7) else 400):
+        for scene in scenes:
             seen = tuple(sorted((s.colours[moment] or "-") for s in scene.shapes))
             answers.setdefault((scene.question, seen), set()).add(scene.answer)
         assert max(len(found) for found in answers.values()) > 1
@@ -151,14 +152,13 @@ def test_cold_start_answers_are_right_and_well_formed(written):
         assert format_reward(sample.answer, RewardConfig()) > 0.5
 
 
-def test_same_seed_writes_the_same_data_another_seed_other_data(written, tmp_path):
-    root, _ = written
-    dataset.write_demo_dataset(tmp_path / "a", num_train=50, num_test=25, seed=5)
-    dataset.write_demo_dataset(tmp_path / "b", num_train=5, num_test=5, seed=6)
+def test_same_seed_writes_the_same_data_another_seed_other_data(tmp_path):
+    folders = [tmp_path / name for name in ("a", "same", "b")]
+    for folder, seed in zip(folders, (5, 5, 6), strict=True):
+        dataset.write_demo_dataset(folder, num_train=5, num_test=5, seed=seed)
     for name in ("train.jsonl", "test.jsonl", "coldstart.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (root / name).read_bytes()
-    clip = "videos/test/0003.mp4"
-    a, same, b = (load_clip(folder / clip, num_frames=8).frames for folder in (tmp_path / "a", root, tmp_path / "b"))
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() != (folders[2] / name).read_bytes()
+    a, same, b = (load_clip(folder / "videos/test/0003.mp4", num_frames=8).frames for folder in folders)
     assert torch.equal(a, same)
     assert not torch.equal(a, b)
 

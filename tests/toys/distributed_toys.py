@@ -131,8 +131,12 @@ def full_parameters(engine: DistributedModel) -> dict[str, torch.Tensor]:
 
 
 def run_on_two_ranks(work: Callable[[int, Path], None], folder: Path) -> None:
-    """Call `work(rank, folder)` in two gloo processes; an exception in either fails the caller."""
-    torch.multiprocessing.spawn(_rank_main, args=(work, folder), nprocs=2)
+    """Call `work(rank, folder)` in two gloo processes; an exception in either fails the caller.
+
+    They are forked from a process that has the libraries imported and has done nothing else, one for all tests.
+    """
+    torch.multiprocessing.set_forkserver_preload(["fastr1.training.grpo", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    torch.multiprocessing.start_processes(_rank_main, args=(work, folder), nprocs=2, start_method="forkserver")
 
 
 def _rank_main(rank: int, work: Callable[[int, Path], None], folder: Path) -> None:
