@@ -77,6 +77,8 @@ def decode_attention(
         )
     tensors = (q, prefix_k, prefix_v, prefix_lengths, cu_rows, suffix_k, suffix_v, suffix_lengths)
     if uses_triton(q):
+        if d > (128 if q.dtype == torch.float32 else 256):
+            raise ValueError(f"d={d} of {q.dtype} does not fit the registers of a GPU: at most 256, float32 128")
         from .gpu.attention import launch_attention  # triton exists on Linux only
 
         return launch_attention(*tensors, scale, max_group)
@@ -166,6 +168,8 @@ def add_rms_norm(
             raise ValueError(f"residual has strides {residual.stride()}: give rows of stride 1")
     _require("weight", weight, (x.shape[1],), x.dtype, x.device, True)
     if uses_triton(x):
+        if x.shape[1] > 16384:
+            raise ValueError(f"x has {x.shape[1]} columns: a row of at most 16,384 fits a program on a GPU")
         from .gpu.token_step import launch_norm  # triton exists on Linux only
 
         return launch_norm(x, residual, weight, eps)

@@ -1,4 +1,4 @@
-"""Does every kernel run here? Each public function once on tiny inputs, forward and backward, against plain float64.
+"""Does every kernel run here? Each public function once on tiny inputs, with its gradient, against plain float64.
 
     python -m fastr1_kernels.selfcheck [--json]
 
@@ -132,6 +132,38 @@ def _linear_logps(x: Inputs) -> "list[Tensor]":
     return [logps, _gradient(x["hidden"]), _gradient(x["weight"])]
 
 
+def _decode_attention(x: Inputs) -> "list[Tensor]":
+    from . import decode_attention
+
+    caches, lengths = x["logits"].detach().view(4, 3, 5, 8), x["token_ids"].new_tensor([5, 3, 1, 5, 2, 4]).int()
+    prefix, bounds = caches[:2], lengths.new_tensor([0, 1, 4])
+    options: dict[str, Any] = {"scale": 0.5, "max_group": 3, "max_suffix_length": 5}
+    rest = (caches, caches, lengths[2:])
+    return [decode_attention(x["hidden"].detach(), prefix, prefix, lengths[:2], bounds, *rest, **options)]
+
+
+def _rope_and_store(x: Inputs) -> "list[Tensor]":
+    from . import rope_and_store
+
+    q, norm = x["hidden"].detach(), x["weight"].detach()
+    caches, lengths = q.new_zeros(2, 4, 3, 5, 8), x["token_ids"].new_tensor([0, 4, 5, 2]).int()
+    step = (q, q, q, norm, norm, x["token_ids"][:, 0].contiguous(), *caches, lengths)
+    return [rope_and_store(*step, q_norm=norm[0], k_norm=norm[1]), caches]
+
+
+def _add_rms_norm(x: Inputs) -> "list[Tensor]":
+    from . import add_rms_norm
+
+    rows = x["hidden"].detach().view(12, 8)
+    return [*add_rms_norm(rows, rows, rows[0], 1e-6)]
+
+
+def _swiglu(x: Inputs) -> "list[Tensor]":
+    from . import swiglu
+
+    return [swiglu(*x["hidden"].detach().view(12, 8).chunk(2, -1))]
+
+
 def _gradient(x: "Tensor") -> "Tensor":
     assert x.grad is not None
     return x.grad
@@ -144,6 +176,10 @@ FUNCTIONS: dict[str, Callable[[Inputs], "list[Tensor]"]] = {
     "linear_grpo_loss": _linear_grpo_loss,
     "selective_log_softmax": _selective_log_softmax,
     "linear_logps": _linear_logps,
+    "decode_attention": _decode_attention,
+    "rope_and_store": _rope_and_store,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": _swiglu,
 }
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastr1_kernels import decode_attention
 
+NAMES = ("q", "prefix_k", "prefix_v", "prefix_lengths", "cu_rows", "suffix_k", "suffix_v", "suffix_lengths")
+
 
 @dataclass(frozen=True)
 class State:
@@ -28,8 +30,7 @@ class State:
         )
 
     def with_tensors(self, **changes: Tensor) -> State:
-        names = ("q", "prefix_k", "prefix_v", "prefix_lengths", "cu_rows", "suffix_k", "suffix_v", "suffix_lengths")
-        return replace(self, tensors=tuple(changes.get(n, x) for n, x in zip(names, self.tensors, strict=True)))
+        return replace(self, tensors=tuple(changes.get(n, x) for n, x in zip(NAMES, self.tensors, strict=True)))
 
 
 def make_state(

@@ -1,14 +1,16 @@
 """Attention of one query per row over the prefix of its prompt and a suffix of its own: o = softmax(s · q kᵀ) v.
 
-Two launches. `prefix_kernel`: the queries of all rows of a prompt, times the H / Hkv heads that share a head of keys, are
-the rows of one tile, so that the prefix is read once per prompt; its places are split, so that few prompts fill a GPU.
-Each split gives its normalised sum and the base-2 logarithm of its normaliser. `suffix_kernel`: a program per row and
-head of keys reads the suffix, then adds the splits by their logarithms and writes the row.
+Two launches. `prefix_kernel`: the rows of a prompt, times the H / Hkv heads that share a head of keys, make a tile, so
+that a prefix is read once per tile; its places are split, so that few prompts fill a GPU. Each split gives its sum,
+normalised, and the base-2 logarithm of its normaliser. `suffix_kernel`: a program per row and head of keys reads the
+suffix, then adds the splits by their logarithms and writes the row.
 
 Never materialised: scores, weights, repeated heads or prefixes. With e bytes an element, n_b and t_r the lengths:
 - fewest bytes: 2·e·d·Hkv·(Σ_b n_b + Σ_r t_r) of keys and values, and 2·e·R·H·d of queries and results; the splits
   write and read 4·R·H·(d + 1) bytes each, which stay in the cache of a GPU;
-- fewest FLOPs: 4·d·H·(Σ_r n_b(r) + Σ_r t_r).
+- fewest FLOPs: 4·d·H·Σ_r (n_b(r) + t_r).
+
+float32 products are three of tensor cores each, which keeps float32's error.
 
 Scores are masked before the exponential; a part without places has the logarithm -inf, and its sum is never read. No
 atomics: results are the same bits in every run. Lengths are read on the device. Grid and compile-time constants follow
@@ -34,17 +36,14 @@ MIN_ROWS = 16  # of a tile, for tensor cores
 
 
 def attention_launch_config(group_rows: int, d: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the prefix by rows of a group, size of a head and dtype. Not tuned on a GPU yet: what fits registers."""
+    """Tiles by rows of a group, size of a head and dtype. Not tuned on a GPU yet: the largest that spill nowhere."""
     block_d = max(triton.next_power_of_2(d), 16)
-    is_wide = block_d > 128 or dtype == torch.float32
-    block_m = min(max(triton.next_power_of_2(group_rows), MIN_ROWS), 32 if is_wide else 64)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 32 if is_wide else 64,
-        "BLOCK_D": block_d,
-        "num_warps": 4 if block_m * block_d <= 4096 else 8,
-        "num_stages": 2,
-    }
+    rows = max(triton.next_power_of_2(group_rows), MIN_ROWS)
+    if dtype == torch.float32:  # three products of tensor cores for one
+        return {"BLOCK_M": MIN_ROWS, "BLOCK_N": 16, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    block_m, block_n = (min(rows, 64), 64) if block_d <= 128 else (min(rows, 32), 32)
+    warps = 4 if block_m <= 32 and block_d <= 128 else 8
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 
 def num_splits(programs: int, places: int, block: int) -> int:
@@ -65,7 +64,7 @@ def attend_places(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(m, S, sum) of places start to stop: m the largest score in base 2, S = Σ exp2(s - m), the sum weighted by them."""
+    """(m, S, sum) of places start to stop: m the largest score s in base 2, S = Σ exp2(s - m), Σ exp2(s - m)·v."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -75,14 +74,14 @@ def attend_places(
         m_n = n + o_n < stop
         o_kv = (n + o_n)[:, None] * D + o_d[None, :]
         b_k = tl.load(k_ptr + o_kv, mask=m_n[:, None] & m_d, other=0.0)
-        s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * log2_scale
+        s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * log2_scale
         s = tl.where(m_n[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         b_v = tl.load(v_ptr + o_kv, mask=m_n[:, None] & m_d, other=0.0)
-        b_sum = tl.dot(p.to(b_v.dtype), b_v, b_sum * shrink[:, None], input_precision="ieee")
+        b_sum = tl.dot(p.to(b_v.dtype), b_v, b_sum * shrink[:, None], input_precision="tf32x3")
         top = new_top
     return top, total, b_sum
 
@@ -218,7 +217,18 @@ def launch_attention(
     with device_of(q):
         if B * tiles > 0:
             prefix_kernel[(B * Hkv * tiles * splits,)](
-                q, prefix_k, prefix_v, prefix_lengths, cu_rows, sums, logs, P=P, TILES=tiles, **shared, **sizes, **config
+                q,
+                prefix_k,
+                prefix_v,
+                prefix_lengths,
+                cu_rows,
+                sums,
+                logs,
+                P=P,
+                TILES=tiles,
+                **shared,
+                **sizes,
+                **config,
             )
         config = attention_launch_config(H // Hkv, d, q.dtype)
         suffix_kernel[(R * Hkv,)](
