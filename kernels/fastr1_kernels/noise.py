@@ -33,17 +33,11 @@ def gumbel_noise(
     k0, k1 = row_words(keys, positions)
     columns = column_words(vocab_size, keys.device)
     noise = torch.empty(len(keys), vocab_size, device=keys.device)
-    step = rows_at_a_time(noise)
+    step = max(1, BLOCK_ELEMENTS // vocab_size) if keys.device.type == "cpu" else max(1, len(keys))
     for start in range(0, len(keys), step):
         rows = slice(start, start + step)
         noise[rows] = gumbel(noise_bits(columns, k0[rows, None], k1[rows, None]))
     return noise
-
-
-def rows_at_a_time(grid: Tensor) -> int:
-    """Rows of an (R, V) tensor that are worked on together: on a CPU what the cache holds, elsewhere all."""
-    rows, columns = grid.shape
-    return max(1, min(rows, BLOCK_ELEMENTS // columns) if grid.device.type == "cpu" else rows)
 
 
 def mix64(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def sample_tokens(
     # A row without a kept column still names an allowed one.
     score = score.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(min=-1e30)
     score = score if allowed is None else score.masked_fill(~allowed, -math.inf)
-    token = lowest_argmax(score)
+    token = score.argmax(-1)  # the first of equals
     full, drawn = z.log_softmax(-1), kept.log_softmax(-1)
     bad = full.isnan().any(-1) | drawn.isnan().any(-1)
     logps, full_logps = (p.gather(-1, token[:, None])[:, 0].masked_fill(bad, math.nan) for p in (drawn, full))
@@ -66,8 +66,3 @@ def kept_columns(
         bound = bound.maximum(logits.amax(-1, keepdim=True) + temperature * math.log(min_p))
     return (logits >= bound) & (logits > -math.inf)
 
-
-def lowest_argmax(x: Tensor) -> Tensor:
-    """The lowest column with the largest value of each row of (R, V), (R,) int64."""
-    columns = torch.arange(x.shape[1], device=x.device)
-    return torch.where(x == x.amax(-1, keepdim=True), columns, x.shape[1] - 1).amin(-1)

@@ -22,6 +22,7 @@ from ..truncation import Truncation
 from .row_passes import LANE, LOG2_E, LOWEST, lane_columns, row_base
 from .rows import grid_arguments, row_kernel, row_width
 
+NO_GAP = 3e38  # finite: of an infinite logit infinity must stay
 ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # of a float32 that holds such a number
 
 
@@ -132,7 +133,7 @@ def bound_rows_kernel(
     temperature,
     top_k,  # as a float
     top_p,
-    min_p_gap,  # -T·log min_p
+    min_p_gap,  # -T·log min_p, or NO_GAP
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -147,7 +148,7 @@ def bound_rows_kernel(
         x = load_allowed(x_ptr, stride_v, allowed_ptr, start + lane_columns(WIDTH, BLOCK), V)
         top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
     row_top = tl.max(top, 0)
-    low = order_of(row_top * 0.0 + LOWEST, ZEROS).to(tl.int64)
+    low = order_of(tl.full((), LOWEST, tl.float32), ZEROS).to(tl.int64)
     end = order_of(row_top, ZEROS).to(tl.int64) + 1
     if HAS_TOP_K:
         low = search(
@@ -178,7 +179,7 @@ def launch_bounds(
         temperature=temperature,
         top_k=float(min(truncation.top_k, grid.shape[2])),
         top_p=float(truncation.top_p),
-        min_p_gap=-temperature * math.log(truncation.min_p) if truncation.min_p > 0 else math.inf,
+        min_p_gap=-temperature * math.log(truncation.min_p) if truncation.min_p > 0 else NO_GAP,
         HAS_TOP_K=truncation.top_k > 0,
         HAS_TOP_P=truncation.top_p < 1,
         ZEROS=ZERO_BITS[grid.dtype],

@@ -30,6 +30,7 @@ from .rows import grid_arguments, row_kernel, row_width
 
 NO_COLUMN = tl.constexpr(2**31 - 1)
 STATE = tl.constexpr(5)  # numbers that a program leaves of its part of a row: m and S of all and of the kept columns, the best score
+MAX_SPLITS = tl.constexpr(32)
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -37,9 +38,10 @@ def launch_config(num_rows: int, vocabulary: int, width: int) -> dict[str, int]:
     """Block, warps, parts of a row and columns of each. Not tuned on a GPU yet: 16 logits a thread."""
     block = min(max(triton.next_power_of_2(vocabulary), 512), 4096)
     blocks = triton.cdiv(vocabulary, block)
-    splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, num_rows)), triton.next_power_of_2(blocks), 32)
-    part = triton.cdiv(blocks, splits) * block
-    return {"BLOCK": block, "num_warps": block // 512, "WIDTH": width, "SPLITS": splits, "part": part}
+    splits = min(triton.cdiv(PROGRAMS, num_rows), blocks, MAX_SPLITS.value)
+    part = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, part)  # none is empty
+    return {"BLOCK": block, "num_warps": block // 512, "WIDTH": width, "splits": splits, "part": part * block}
 
 
 @triton.jit
@@ -87,22 +89,22 @@ def draw_rows_kernel(
     tokens_ptr,  # (R,) int64 out, as the two below; where a row is not split
     logps_ptr,
     full_logps_ptr,
-    states_ptr,  # (R, SPLITS, STATE) out; where it is
-    columns_ptr,  # (R, SPLITS) int32 out
+    states_ptr,  # (R, splits, STATE) out, as the one below, where it is; else None
+    columns_ptr,  # (R, splits) int32
     T,
     V,
     stride_b: tl.int64,
     stride_t: tl.int64,
     stride_v,
     temperature,
-    part,  # columns of a program
+    splits,  # programs of a row
+    part,  # columns of each
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
 ):
-    i_r = tl.program_id(0).to(tl.int64) // SPLITS
-    i_s = tl.program_id(0) % SPLITS
+    i_r = tl.program_id(0).to(tl.int64) // splits
+    i_s = tl.program_id(0) % splits
     IS_RESTRICTED: tl.constexpr = (bounds_ptr is not None) | (allowed_ptr is not None)
     row_ptr = row_base(logits_ptr, i_r, T, stride_b, stride_t, WIDTH)
     k0, k1 = row_words(tl.load(keys_ptr + i_r), tl.load(positions_ptr + i_r))
@@ -139,7 +141,7 @@ def draw_rows_kernel(
     row_kept_top, kept_total = row_top, total
     if IS_RESTRICTED:
         row_kept_top, kept_total = merge_sums(kept_top, kept_sum, scale)
-    if SPLITS == 1:
+    if states_ptr is None:
         store_token(
             row_ptr,
             stride_v,
@@ -168,8 +170,8 @@ def draw_rows_kernel(
 @row_kernel
 def merge_parts_kernel(
     logits_ptr,  # (R, 1, V)
-    states_ptr,  # (R, SPLITS, STATE)
-    columns_ptr,  # (R, SPLITS) int32
+    states_ptr,  # (R, splits, STATE)
+    columns_ptr,  # (R, splits) int32
     tokens_ptr,  # (R,) int64 out, as the two below
     logps_ptr,
     full_logps_ptr,
@@ -179,14 +181,17 @@ def merge_parts_kernel(
     stride_t: tl.int64,
     stride_v,
     temperature,
-    SPLITS: tl.constexpr,
+    splits,
 ):
     i_r = tl.program_id(0).to(tl.int64)
     scale = LOG2_E / temperature
-    o_p = i_r * SPLITS + tl.arange(0, SPLITS)
+    # Parts that a row does not have repeat its last one, and add nothing to the sums.
+    o_s = tl.arange(0, MAX_SPLITS)
+    o_p = i_r * splits + tl.minimum(o_s, splits - 1)
     state_ptr = states_ptr + o_p * STATE
-    top, total = merge_sums(tl.load(state_ptr), tl.load(state_ptr + 1), scale)
-    kept_top, kept_total = merge_sums(tl.load(state_ptr + 2), tl.load(state_ptr + 3), scale)
+    is_part = o_s < splits
+    top, total = merge_sums(tl.load(state_ptr), tl.where(is_part, tl.load(state_ptr + 1), 0.0), scale)
+    kept_top, kept_total = merge_sums(tl.load(state_ptr + 2), tl.where(is_part, tl.load(state_ptr + 3), 0.0), scale)
     best = tl.load(state_ptr + 4)
     column = tl.min(tl.where(best == tl.max(best, 0), tl.load(columns_ptr + o_p), NO_COLUMN), 0)
     row_ptr = row_base(logits_ptr, i_r, T, stride_b, stride_t, 1)
@@ -223,7 +228,7 @@ def launch_sampling(
         return tokens, logps, full_logps
     grid = as_grid(logits)
     config = launch_config(n, vocabulary, row_width(grid))
-    splits = config["SPLITS"]
+    splits = config["splits"]
     allowed = None if allowed is None else allowed.contiguous().view(torch.uint8)
     heat = temperature or 1.0  # greedy: z is the logit
     shared = {"tokens_ptr": tokens, "logps_ptr": logps, "full_logps_ptr": full_logps, "temperature": heat}
@@ -251,6 +256,6 @@ def launch_sampling(
         )
         if splits > 1:
             merge_parts_kernel[(n,)](
-                logits_ptr=grid, **shared, **parts, **grid_arguments(grid), SPLITS=splits, num_warps=1
+                logits_ptr=grid, **shared, **parts, **grid_arguments(grid), splits=splits, num_warps=1
             )
     return tokens, logps, full_logps
