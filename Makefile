@@ -43,7 +43,7 @@ $(PEERS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[bench]'
 	@touch $@
 
-bench: $(PEERS)  ## losses, loading and updates against others, 5 minutes on 2 cores; rows into bench/results, table into the README
+bench: $(PEERS)  ## losses, loading, rollouts and updates against others, 6 minutes on 2 cores; rows into bench/results, table into the README
 	$(BIN)/python -m pytest tests/losses/test_compat_*.py
 	$(BIN)/python -m pytest bench --benchmark-only
 	$(BIN)/python bench/report.py

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rollout_shapes import ROLLOUT, RolloutCase, rollout_cases, rollout_target_ms
 from update_shapes import UPDATE_OPS, UpdateCase, update_cases, update_target_ms
 
 HEADS = {  # name → (D, V)
@@ -94,6 +95,8 @@ AnyCase = Case | LoadingCase | UpdateCase
 
 def cases_of(op: str, full: bool) -> list[Any]:
     """The cases of an operation on the device there is; `full` for all of them on a GPU."""
+    if op == ROLLOUT:
+        return rollout_cases(full)
     if op in UPDATE_OPS:
         return update_cases(op, full)
     if op == "load_pixels":
@@ -132,6 +135,8 @@ FIRST_CALL_TARGET = 1.3  # first call over steady calls, with a warm compilation
 
 
 def target_ms(case: AnyCase, device: str) -> float | None:
+    if isinstance(case, RolloutCase):
+        return rollout_target_ms(case, device)
     if isinstance(case, UpdateCase):
         return update_target_ms(case, device)
     if isinstance(case, LoadingCase):

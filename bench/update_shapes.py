@@ -16,8 +16,8 @@ class UpdateCase:
     """`num_prompts` prompts of `prompt_length` tokens, those of their video included, with `num_generations`
     completions each, whose lengths are forced.
 
-    `model` is "demo", the base model of the demo, or "full": Qwen2.5-3B, SigLIP-so400m and the connector between them,
-    with random weights.
+    `model` is "demo", the base model of the demo, or the size of a Qwen2.5 ("3B", "1.5B", "0.5B") behind SigLIP-so400m
+    and the connector between them, with random weights.
     """
 
     op: str  # of UPDATE_OPS: forward and backward; log-probabilities of the reference; everything
@@ -67,7 +67,7 @@ TEXT = replace(DEMO, name="text alone", num_frames=0, mean_length=28, max_length
 PAPER = UpdateCase(
     op="update",
     name="paper",
-    model="full",
+    model="3B",
     dtype="bfloat16",
     num_prompts=8,
     prompt_length=612,

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import torch
 from harness import UnavailableError
+from rollout_before import sample_before
 from torch import Tensor
 from update_passes import (
     logps_before,
@@ -27,11 +30,14 @@ from update_passes import (
 )
 from update_work import Work
 
+from fastr1.config import RolloutConfig
+from fastr1.config.fields import RolloutBackend
 from fastr1.models import VideoLanguageModel
-from fastr1.rollout import SamplingParams, eager, sample_completions
+from fastr1.rollout import SamplingParams, eager, sample_completions, token_step
 from fastr1.rollout.noise import completion_keys
 from fastr1.schema import Rollout
 from fastr1_kernels import grpo_loss
+from fastr1_kernels.sampling import SampledTokens
 
 # Completions end by their length alone.
 ENDLESS: Any = SimpleNamespace(end_token_ids=(-1,), pad_token_id=0, decode=lambda ids: "")
@@ -65,7 +71,8 @@ def update_before(work: Work) -> float:
         features = [encode(model, video) for video in pixels]
     with work.phase("rollout"), torch.no_grad():
         tokens = see(work, features).detached
-        sample(model, batch.prompt_ids, tokens, max(batch.lengths), work.case.num_generations)
+        sample_before(model.eval(), batch.prompt_ids, tokens, max(batch.lengths), work.case.num_generations)
+        model.train()
     if work.reference is not None:
         with work.phase("reference"):
             batch.ref_logps = logps_before(work, features)
@@ -91,7 +98,8 @@ def update_original(work: Work) -> float:
                 for length in batch.lengths[rows]:
                     with torch.no_grad():
                         tokens = see(work, [encode(work.model, v) for v in video]).detached
-                    sample(work.model, batch.prompt_ids[prompt : prompt + 1], tokens, length, 1)
+                    ids = batch.prompt_ids[prompt : prompt + 1]
+                    sample(work.model, ids, tokens, length, 1, backend="eager")
             ids, mask = padded(work, rows)
             if work.reference is not None:
                 with work.phase("reference"), torch.no_grad():
@@ -144,10 +152,12 @@ def sample(
     length: int,
     group: int,
     processor: Any = ENDLESS,
+    backend: RolloutBackend = "engine",
 ) -> Rollout:
     """Completions of at most `length` tokens."""
+    params, config = SamplingParams(length), RolloutConfig(backend=backend)
     rollout = sample_completions(
-        model.eval(), processor, prompt_ids, tokens, SamplingParams(length), num_generations=group
+        model.eval(), processor, prompt_ids, tokens, params, num_generations=group, config=config
     )
     model.train()
     return rollout
@@ -155,22 +165,38 @@ def sample(
 
 @contextmanager
 def ending_at(lengths: Sequence[int], group: int, end_id: int) -> Iterator[Any]:
-    """A processor whose end token is drawn at these lengths, one for every row of a rollout, and nowhere else."""
-    draw, keys = eager._draw, completion_keys(0, range(len(lengths) // group), group)
+    """A processor whose end token is drawn at these lengths, one for every row of a rollout, and nowhere else: by the
+    eager loop and by the engine, if seed and keys are the default ones."""
+    draw, sample_tokens = eager._draw, token_step.sample_tokens
+    keys, ends = _forced_lengths(tuple(lengths), group, harness.device())
 
-    def forced(
+    def force(token: Tensor, row_keys: Tensor, positions: Tensor | int) -> Tensor:
+        row = (row_keys[:, None] == keys.to(row_keys.device)).int().argmax(dim=1)
+        is_last = ends.to(row.device)[row] == positions + 1
+        return torch.where(is_last, end_id, torch.where(token == end_id, 0, token))
+
+    def forced_draw(
         logits: Tensor, params: SamplingParams, warpers: Any, row_keys: Tensor, position: int
     ) -> tuple[Tensor, Tensor]:
         token, logp = draw(logits, params, warpers, row_keys, position)
-        row = (row_keys[:, None] == keys.to(row_keys.device)).int().argmax(dim=1)
-        is_last = torch.tensor(lengths, device=row.device)[row] == position + 1
-        return torch.where(is_last, end_id, torch.where(token == end_id, 0, token)), logp
+        return force(token, row_keys, position), logp
 
-    eager._draw = forced
+    def forced_tokens(logits: Tensor, row_keys: Tensor, positions: Tensor, **options: Any) -> SampledTokens:
+        drawn = sample_tokens(logits, row_keys, positions, **options)
+        return drawn._replace(token_ids=force(drawn.token_ids, row_keys, positions))
+
+    eager._draw, token_step.sample_tokens = forced_draw, forced_tokens
     try:
         yield SimpleNamespace(end_token_ids=(end_id,), pad_token_id=0, decode=lambda ids: "")
     finally:
-        eager._draw = draw
+        eager._draw, token_step.sample_tokens = draw, sample_tokens
+
+
+@lru_cache
+def _forced_lengths(lengths: tuple[int, ...], group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys of the rows, and their lengths. Kept for good, because a captured step reads them where they are."""
+    keys = completion_keys(0, range(len(lengths) // group), group)
+    return keys.to(device), torch.tensor(lengths, device=device)
 
 
 def step(work: Work, loss: float) -> float:

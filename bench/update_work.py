@@ -37,6 +37,14 @@ from fastr1.video import ClipPrefetcher, load_pixels, preprocess_frames
 from fastr1_kernels import group_advantages
 
 DEMO_MODEL = PACKAGE / "demo" / "base_model"
+DECODERS = {  # of Qwen2.5
+    size: {"hidden_size": D, "intermediate_size": inner, "num_attention_heads": heads, "num_hidden_layers": layers}
+    for size, D, inner, heads, layers in (
+        ("3B", 2048, 11_008, 16, 36),
+        ("1.5B", 1536, 8960, 12, 28),
+        ("0.5B", 896, 4864, 14, 24),
+    )
+}
 
 
 class ClipFiles:
@@ -198,14 +206,11 @@ def make_model(case: UpdateCase) -> VideoLanguageModel:
 
 
 def full_size(case: UpdateCase) -> dict[str, Any]:
-    """config.json of TinyLLaVA-Video: Qwen2.5-3B, SigLIP-so400m/14-384 and the connector between them."""
+    """config.json of TinyLLaVA-Video: a decoder of Qwen2.5, SigLIP-so400m/14-384 and the connector between them."""
     text = {
         "model_type": "qwen2",
-        "hidden_size": 2048,
-        "intermediate_size": 11_008,
+        **DECODERS[case.model],
         "max_position_embeddings": 32_768,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 36,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,

@@ -31,6 +31,12 @@ IDENTITY = ("commit", "seed", "date")  # of a run, in all its rows
 CONDITIONS = ("commit", "device", "cores", "threads", "torch", "num_questions", "updates")
 LOADING_TOLERANCE = 0.1  # as in bench/clips.py
 DIGEST = "Source"  # text chunk of the chart
+STEP_OPS = {
+    "train": "train",
+    "reference": "reference pass",
+    "update": "whole update",
+    "rollout": "rollout",
+}
 CONTROLS = {
     "shuffled_frames": "frames in random order",
     "repeated_frame": "one frame repeated",
@@ -209,7 +215,7 @@ def step_table(root: Path) -> str:
 
 
 def _step_case(row: Row) -> str:
-    shape, what = row["shape"], {"train": "train", "reference": "reference pass", "update": "whole update"}[row["op"]]
+    shape, what = row["shape"], STEP_OPS[row["op"]]
     lengths = f"{shape['mean_length']} tokens" + f" (longest {shape['max_length']})" * (
         shape["max_length"] > shape["mean_length"]
     )
@@ -223,10 +229,51 @@ def _step_line(provider: str, row: Row) -> str:
     return f"| {provider} | {row['median_ms']:,.0f} ms | {row['time_over_ours']:.2f} × | {memory} |"
 
 
+def rollout_table(root: Path) -> str:
+    """Every way to draw the completions of an update, over ours; the cases of the last run on one device."""
+    if not (root / "bench" / "results" / "rollout.jsonl").exists():
+        return "No results yet."
+    rows = _read(root, "rollout")
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        if all(row[key] == rows[-1][key] for key in ("device", "commit", "time")):
+            cases.setdefault(_rollout_case(row), []).append(row)
+    spreads = sorted(row["spread"] for providers in cases.values() for row in providers[:1])
+    row = rows[-1]
+    caption = (
+        f"{row['device']}, {row['threads']} threads; medians; two measurements of ours differ by {spreads[0]:.0%} to "
+        f"{spreads[-1]:.0%}; commit {row['commit'][:10]}. A step is the time over the tokens of the longest completion; "
+        "tokens per second are those of the completions, padding left out; the floor is that of the weights, keys and "
+        "products at the measured rates of the machine."
+    )
+    head = "| | time | over ours | a step | tokens/s | of the floor | matches |"
+    lines = [textwrap.fill(caption, 120), "", head, "|---" * 7 + "|"]
+    for name, providers in cases.items():
+        lines.append(f"| **{name}** | | | | | | |")
+        lines += [_rollout_line(row) for row in providers]
+    return "\n".join(lines)
+
+
+def _rollout_case(row: Row) -> str:
+    shape = row["shape"]
+    model = "" if shape["model"] == "demo" else f"{shape['model']}, "
+    return model + _step_case(row).removeprefix("rollout: ") + f", {row['dtype']}"
+
+
+def _rollout_line(row: Row) -> str:
+    if "median_ms" not in row:
+        return f"| {row['provider']} | | | | | | {row.get('reason', row['status'])} |"
+    return (
+        f"| {row['provider']} | {row['median_ms']:,.0f} ms | {row['time_over_ours']:.2f} × | {row['step_ms']:.2f} ms | "
+        f"{row['tokens_per_second']:,.0f} | {row['floor_fraction']:.0%} | {row['checked']} |"
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Path], str]] = {
     "demo:headline": demo_headline,
     "demo:table": demo_table,
     "loading:table": loading_table,
+    "rollout:table": rollout_table,
     "step:table": step_table,
 }
 

@@ -119,19 +119,37 @@ def test_the_full_size_is_that_of_the_paper(case: Any, monkeypatch: pytest.Monke
     assert tokens[0].shape == (case.num_queries, 2048)
 
 
-def test_rollout_ends_where_it_is_told_and_leaves_ended_rows_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["engine", "eager"])
+def test_rollout_ends_where_it_is_told_and_leaves_ended_rows_out(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     processor = TinyLlavaProcessor(tokenizer, model.config)
     prompts = [processor.prompt_ids(f"Why{'?' * i}", instruction="") for i in range(2)]
     lengths = [3, 9, 1, 5, 2, 12]
     decoded = []
-    extend = type(model).extend
-    monkeypatch.setattr(type(model), "extend", lambda *a: decoded.append(len(a[1])) or extend(*a))
+    project = type(model).project
+    monkeypatch.setattr(type(model), "project", lambda *a: decoded.append(len(a[1])) or project(*a))
     with torch.no_grad():
         tokens = model.visual_tokens([torch.zeros(4, 3, 28, 28)] * 2)
     with update_steps.ending_at(lengths, 3, end_id=5) as forced:
-        rollout = update_steps.sample(model, prompts, tokens, 20, 3, forced)
+        rollout = update_steps.sample(model, prompts, tokens, 20, 3, forced, backend)
     assert rollout.completion_mask.sum(dim=1).tolist() == lengths
     assert not rollout.is_truncated.any()
-    assert decoded == [6, 6, 3, 3, 3, 3, 3, 3, 1, 1, 1]
+    assert len(decoded) == max(lengths)
+    assert decoded[-3:] == [1, 1, 1]
+    assert sum(decoded[1:]) <= 6 + 6 + 6 * 3 + 3  # as by halves
+
+
+def test_before_decodes_all_completions_to_the_end() -> None:
+    work = bench.set_up(CASES["update"]).inputs
+    decoded = []
+    decoder = work.model.decoder
+    handle = decoder.register_forward_pre_hook(
+        lambda _, __, kw: decoded.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    with torch.no_grad():
+        tokens = work.model.visual_tokens(work.videos)
+    ids = update_steps.sample_before(work.model, work.batch.prompt_ids, tokens, 9, 3)
+    handle.remove()
+    assert ids.shape == (6, 9)
+    assert decoded == [(2, 50), *[(6, 1)] * 8]

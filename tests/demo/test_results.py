@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEADLINE = "<!-- demo:headline -->\nold\n<!-- /demo:headline -->\n"
 LOADING = "<!-- loading:table -->\nold\n<!-- /loading:table -->\n"
 STEP = "<!-- step:table -->\nold\n<!-- /step:table -->\n"
-README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}{LOADING}{STEP}Kept.\n"
+ROLLOUT = "<!-- rollout:table -->\nold\n<!-- /rollout:table -->\n"
+README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}{LOADING}{ROLLOUT}{STEP}Kept.\n"
 
 
 def load_script(name: str) -> ModuleType:
@@ -124,6 +125,40 @@ def test_table_of_updates_shows_the_last_commit_in_ratios(root: Path) -> None:
     assert f"| **train: {case}** | | | |\n| ours | 400 ms | 1.00 × | 100 MiB |\n| **whole update" in text
     assert "| peer | 3,000 ms | 2.00 × | 100 MiB |\n<!-- /step:table -->" in text
     assert "differ by 5% to 5%" in " ".join(text.split())
+
+
+def write_rollouts(path: Path) -> None:
+    """An older run of the same commit, and the last: two cases, one peer that was skipped."""
+    shape = {"num_prompts": 8, "prompt_length": 122, "num_generations": 8, "mean_length": 28, "max_length": 64}
+    shape |= {"name": "demo", "model": "demo", "num_frames": 8}
+    equal = {"shape": {**shape, "model": "3B", "mean_length": 64, "num_frames": 0}, "dtype": "bfloat16"}
+    common = {"device": "CPU X", "threads": 2, "dtype": "float32", "spread": 0.05, "shape": shape, "commit": "f" * 40}
+    common |= {"time": "2", "op": "rollout", "time_over_ours": 1.0, "step_ms": 1.255, "tokens_per_second": 4567.8}
+    common |= {"floor_fraction": 0.4, "checked": "tokens and lengths"}
+    runs = [
+        {"time": "1", "provider": "ours", "median_ms": 9.0},
+        {"provider": "ours", "median_ms": 80.4},
+        {"provider": "peer", "median_ms": 1e3, "time_over_ours": 12.5, "checked": "shape alone"},
+        {"provider": "batch", "status": "skipped", "reason": "takes no videos"},
+        {"provider": "ours", "median_ms": 90.0, **equal, "spread": 0.01},
+    ]
+    path.write_text("".join(json.dumps({**common, **run}) + "\n" for run in runs))
+
+
+def test_table_of_rollouts_shows_the_last_run_with_its_rates(root: Path) -> None:
+    assert renderer.rollout_table(root) == "No results yet."
+    write_rollouts(root / "bench" / "results" / "rollout.jsonl")
+    text = renderer.rollout_table(root)
+    prompts = "8 prompts of 122 × 8 completions of"
+    assert text.split("|---|---|---|---|---|---|---|\n")[1].splitlines() == [
+        f"| **{prompts} 28 tokens (longest 64), float32** | | | | | | |",
+        "| ours | 80 ms | 1.00 × | 1.25 ms | 4,568 | 40% | tokens and lengths |",
+        "| peer | 1,000 ms | 12.50 × | 1.25 ms | 4,568 | 40% | shape alone |",
+        "| batch | | | | | | takes no videos |",
+        f"| **3B, {prompts} 64 tokens, no video, bfloat16** | | | | | | |",
+        "| ours | 90 ms | 1.00 × | 1.25 ms | 4,568 | 40% | tokens and lengths |",
+    ]
+    assert "differ by 1% to 5%; commit ffffffffff." in " ".join(text.split())
 
 
 def rows(root: Path, name: str) -> list[dict[str, Any]]:
