@@ -76,10 +76,13 @@ class RolloutEngine:
         embeds = [
             self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)
         ]
+        positions, first_positions = zip(
+            *map(self.model.prompt_positions, prompt_ids, [len(rows) for rows in embeds]), strict=True
+        )
         keys = completion_keys(seed, range(len(embeds)) if prompt_keys is None else prompt_keys, num_generations)
-        self._start(embeds, keys.to(self.model.device), num_generations)
+        self._start(embeds, first_positions, keys.to(self.model.device), num_generations)
         with torch.inference_mode():
-            self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
+            self.token_step.draw(self._prefill(embeds, positions).repeat_interleave(num_generations, dim=0))
             self._finish()
             while any(completion.ended_by is None for completion in self.active):
                 self.step()
@@ -94,8 +97,11 @@ class RolloutEngine:
         self._run()
         self._finish()
 
-    def _start(self, embeds: list[torch.Tensor], keys: torch.Tensor, num_generations: int) -> None:
+    def _start(
+        self, embeds: list[torch.Tensor], first_positions: Sequence[int], keys: torch.Tensor, num_generations: int
+    ) -> None:
         """Completions without a token, and room for them."""
+        self.stack = describe_decoder(self.model.decoder)  # anew: a projection may have been wrapped since
         lengths = [len(rows) for rows in embeds]
         size = (len(embeds), max(lengths), len(keys), self.params.max_completion_length)
         if self._arenas is None or not self._arenas.holds(*size):
@@ -111,7 +117,7 @@ class RolloutEngine:
             )
             self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device)
         assert self._rows is not None
-        self._rows.start(keys, lengths, lengths, num_generations)
+        self._rows.start(keys, lengths, first_positions, num_generations)
         end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
         self.token_step = TokenStep(
             self.stack,
@@ -119,6 +125,7 @@ class RolloutEngine:
             self._rows,
             self._arenas,
             self.params,
+            num_positions=max(self._arenas.prompt_length, *first_positions) + self._arenas.completion_length,
             num_generations=num_generations,
             end_ids=end_ids,
             allowed=self._allowed_ids(),
@@ -135,7 +142,7 @@ class RolloutEngine:
         allowed[list(self.model.media_token_ids)] = False
         return allowed
 
-    def _prefill(self, embeds: list[torch.Tensor]) -> torch.Tensor:
+    def _prefill(self, embeds: list[torch.Tensor], positions: Sequence[torch.Tensor]) -> torch.Tensor:
         """Forward every prompt once, its keys and values into the arena; logits (B, V) of the first tokens."""
         assert self._arenas is not None
         backend = choose_packed_backend(self.model.packed_attn_implementation, embeds[0].device, embeds[0].dtype)
@@ -146,6 +153,7 @@ class RolloutEngine:
                 self.model.decoder,
                 torch.cat(embeds[prompts])[None],
                 PackedLayout(lengths, [[]] * len(lengths)),
+                position_ids=torch.cat(positions[prompts], dim=-1).unsqueeze(-2),
                 cache=PrefixWriter(self._arenas, lengths, prompts.start),
                 backend=backend,
             )

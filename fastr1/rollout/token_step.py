@@ -33,6 +33,7 @@ class TokenStep:
         arenas: KeyValueArenas,
         params: SamplingParams,
         *,
+        num_positions: int,  # those of the tokens are below
         num_generations: int,
         end_ids: torch.Tensor,
         allowed: torch.Tensor | None = None,  # (V,) bool; False: never drawn
@@ -42,7 +43,7 @@ class TokenStep:
         self.end_ids, self.allowed = end_ids, allowed
         self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
         self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
-        self.cos, self.sin = self.stack.rotation(arenas.prompt_length + arenas.completion_length)
+        self.cos, self.sin = self.stack.rotation(num_positions)
 
     def __call__(self, num_rows: int) -> None:
         """Forward the last token of the first rows, and draw their next one."""
