@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
+_DECODERS = ("Qwen2Model", "Qwen2_5_VLTextModel", "Qwen3Model", "Qwen3VLTextModel", "LlamaModel")
 _NORMS = ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3RMSNorm", "Qwen3VLTextRMSNorm", "LlamaRMSNorm")
 _MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen3VLTextMLP", "LlamaMLP")
 _ATTENTIONS = ("Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "Qwen3VLTextAttention", "LlamaAttention")
@@ -107,6 +108,7 @@ class SideBySide:
 def describe_decoder(decoder: Any) -> DecoderStack:
     """The stack of a decoder. Raises UnknownDecoderError."""
     name = type(decoder).__name__
+    _require(name, "the decoder", decoder, _DECODERS)
     config = decoder.config
     kind = config.rope_parameters["rope_type"]
     if kind not in _ROTATIONS:

@@ -134,6 +134,14 @@ class VideoLanguageModel(nn.Module, ABC):
         """Positions that count real tokens only, from 0: (B, L) int64."""
         return (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
+    def prompt_positions(self, prompt_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:
+        """Where the rollout puts a prompt of `num_tokens` tokens, those of its video included.
+
+        Returns: the positions of its tokens, (L,) int64, or (3, L) where the decoder has them in time, height and
+            width; and the position of the first token of a completion, from which the others count on.
+        """
+        return torch.arange(num_tokens, device=self.device), num_tokens
+
     def embed_prompts(
         self,
         prompt_ids: Sequence[torch.Tensor],  # B × (L_i,)

@@ -89,13 +89,16 @@ class RolloutEngine:
     ) -> Rollout:
         """G completions for each prompt, rows in prompt-major order; as `eager.sample_completions`."""
         embeds = [self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
+        positions, first_positions = zip(
+            *map(self.model.prompt_positions, prompt_ids, [len(rows) for rows in embeds]), strict=True
+        )
         keys = completion_keys(seed, range(len(embeds)) if prompt_keys is None else prompt_keys, num_generations)
         self.costs = RolloutCosts()
-        self._start(embeds, keys.to(self.model.device), num_generations)
+        self._start(embeds, first_positions, keys.to(self.model.device), num_generations)
         assert self.token_step is not None
         with torch.inference_mode():
             with self.costs.prefill(embeds, len(keys)):
-                self.token_step.draw(self._prefill(embeds).repeat_interleave(num_generations, dim=0))
+                self.token_step.draw(self._prefill(embeds, positions).repeat_interleave(num_generations, dim=0))
                 self._finish()
             with self.costs.decode():
                 while any(completion.ended_by is None for completion in self.active):
@@ -117,8 +120,11 @@ class RolloutEngine:
         self._run()
         self._finish()
 
-    def _start(self, embeds: list[torch.Tensor], keys: torch.Tensor, num_generations: int) -> None:
+    def _start(
+        self, embeds: list[torch.Tensor], first_positions: Sequence[int], keys: torch.Tensor, num_generations: int
+    ) -> None:
         """Completions without a token, and room for them."""
+        self.stack = describe_decoder(self.model.decoder)  # anew: a projection may have been wrapped since
         lengths = [len(rows) for rows in embeds]
         size = (len(embeds), max(lengths), len(keys), self.params.max_completion_length)
         if self._arenas is None or not self._arenas.holds(*size):
@@ -139,14 +145,16 @@ class RolloutEngine:
                 device=embeds[0].device,
             )
             self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device)
-            end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
-            self.token_step = TokenStep(
-                self.stack, self.model, self._rows, self._arenas, self.params, end_ids, self._allowed_ids()
-            )
         assert self._rows is not None
-        assert self.token_step is not None
-        self._rows.start(keys, lengths, lengths, num_generations)
-        self.token_step.refresh(num_generations)
+        num_positions = max(self._arenas.prompt_length, *first_positions) + self._arenas.completion_length
+        if self.token_step is None or len(self.token_step.cos) < num_positions:
+            end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
+            allowed = self._allowed_ids()
+            self.token_step = TokenStep(
+                self.stack, self.model, self._rows, self._arenas, self.params, num_positions, end_ids, allowed
+            )
+        self._rows.start(keys, lengths, first_positions, num_generations)
+        self.token_step.refresh(self.stack, num_generations)
         self.completions = [Completion(row // num_generations, row) for row in range(len(keys))]
         self.active = list(self.completions)
         self.num_rows, self.num_steps = len(self.active), 0
@@ -159,7 +167,7 @@ class RolloutEngine:
         allowed[list(self.model.media_token_ids)] = False
         return allowed
 
-    def _prefill(self, embeds: list[torch.Tensor]) -> torch.Tensor:
+    def _prefill(self, embeds: list[torch.Tensor], positions: Sequence[torch.Tensor]) -> torch.Tensor:
         """Forward every prompt once, its keys and values into the arena; logits (B, V) of the first tokens."""
         assert self._arenas is not None
         backend = choose_packed_backend(self.model.packed_attn_implementation, embeds[0].device, embeds[0].dtype)
@@ -170,6 +178,7 @@ class RolloutEngine:
                 self.model.decoder,
                 torch.cat(embeds[prompts])[None],
                 PackedLayout(lengths, [[]] * len(lengths)),
+                position_ids=torch.cat(list(positions[prompts]), dim=-1).unsqueeze(-2),
                 cache=PrefixWriter(self._arenas, lengths, prompts.start),
                 backend=backend,
             )

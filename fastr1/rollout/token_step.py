@@ -23,27 +23,28 @@ from fastr1_kernels import add_rms_norm, decode_attention, rope_and_store, sampl
 
 
 class TokenStep:
-    """Steps of one rollout after another, each begun with `refresh`. `stack` and `model` are the trainer's own."""
+    """Steps of one rollout after another, each begun with `refresh`. Stack and model are the trainer's own."""
 
     def __init__(
         self,
         stack: DecoderStack,
-        model: Any,  # for `project`, its head
+        model: Any,  # for `project` and `head`
         rows: DecodingRows,
         arenas: KeyValueArenas,
         params: SamplingParams,
+        num_positions: int,  # those of the tokens are below
         end_ids: torch.Tensor,
         allowed: torch.Tensor | None = None,  # (V,) bool; False: never drawn
     ) -> None:
-        self.stack, self.model, self.rows, self.arenas, self.params = stack, model, rows, arenas, params
+        self.model, self.rows, self.arenas, self.params = model, rows, arenas, params
         self.end_ids, self.allowed = end_ids, allowed
-        self.cos, self.sin = stack.rotation(arenas.prompt_length + arenas.completion_length)
+        self.cos, self.sin = stack.rotation(num_positions)
 
-    def refresh(self, num_generations: int) -> None:
-        """Begin a rollout: the weights may be others, the tensors of this step stay where they are."""
-        self.num_generations = num_generations
-        self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in self.stack.layers]
-        self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in self.stack.layers]
+    def refresh(self, stack: DecoderStack, num_generations: int) -> None:
+        """Begin a rollout: weights and adapters may be others, the tensors of this step stay where they are."""
+        self.stack, self.num_generations = stack, num_generations
+        self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
+        self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
 
     def __call__(self, num_rows: int) -> None:
         """Forward the last token of the first rows, and draw their next one."""

@@ -18,8 +18,8 @@ __all__ = [
     "gumbel_noise",
     "linear_grpo_loss",
     "linear_logps",
-    "sample_tokens",
     "rope_and_store",
+    "sample_tokens",
     "selective_log_softmax",
     "swiglu",
 ]

@@ -5,11 +5,11 @@ A row has 64 bits k = splitmix64(key + position), of which k0 are the low and k1
 two rounds of one mixer: the last shift of the first is also the first shift of the second. The round of the column is
 shared by all rows. Then, in float32,
     w = min((bits + ½)·2⁻³², 1 - 2⁻²⁴)    E = -log1p(-w)    noise = -log E,
-an exponential and a Gumbel number. Small w, the upper tail that decides a draw, have steps of 2⁻³²; the noise is finite,
-from -2.9 to 22.9.
+an exponential and a Gumbel number. Small w, the upper tail that decides a draw, have steps of 2⁻³²; the noise is
+finite, from -2.9 to 22.9.
 
 Integers wrap. torch has no unsigned ones to speak of, so a logical shift is a shift and a mask.
-Sources: splitmix64, Steele, Lea and Flood, OOPSLA 2014; lowbias32, the hash-prospector of Chris Wellons (public domain).
+Sources: splitmix64, Steele, Lea and Flood, OOPSLA 2014; lowbias32 of Chris Wellons' hash-prospector (public domain).
 """
 
 from __future__ import annotations

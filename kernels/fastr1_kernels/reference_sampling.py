@@ -65,4 +65,3 @@ def kept_columns(
     if min_p > 0:
         bound = bound.maximum(logits.amax(-1, keepdim=True) + temperature * math.log(min_p))
     return (logits >= bound) & (logits > -math.inf)
-

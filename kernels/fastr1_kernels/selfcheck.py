@@ -164,6 +164,27 @@ def _swiglu(x: Inputs) -> "list[Tensor]":
     return [swiglu(*x["hidden"].detach().view(12, 8).chunk(2, -1))]
 
 
+def _sample_tokens(x: Inputs) -> "list[Tensor]":
+    import torch
+
+    from . import sample_tokens
+
+    found = []
+    cases: list[dict[str, Any]] = [{}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}]
+    for options in cases:
+        keys = torch.arange(0, 400, 100, device=x["logits"].device)
+        drawn = sample_tokens(x["logits"][:, 0], keys, keys, temperature=0.9, **options)
+        found += [drawn.token_ids.double(), drawn.logps.double(), drawn.full_logps.double()]
+    return found
+
+
+def _gumbel_noise(x: Inputs) -> "list[Tensor]":
+    from . import gumbel_noise
+
+    ids = x["token_ids"].view(12)
+    return [gumbel_noise(ids, ids + 1, 40)]
+
+
 def _gradient(x: "Tensor") -> "Tensor":
     assert x.grad is not None
     return x.grad
@@ -180,6 +201,8 @@ FUNCTIONS: dict[str, Callable[[Inputs], "list[Tensor]"]] = {
     "rope_and_store": _rope_and_store,
     "add_rms_norm": _add_rms_norm,
     "swiglu": _swiglu,
+    "sample_tokens": _sample_tokens,
+    "gumbel_noise": _gumbel_noise,
 }
 
 

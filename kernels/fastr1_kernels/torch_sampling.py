@@ -98,7 +98,7 @@ def _bound(x: Tensor, log_sum: Tensor, temperature: float, truncation: Truncatio
         if truncation.top_k > 0:
             x = torch.where(x >= bound, x, -math.inf)
             log_sum = (x / temperature).logsumexp(1)
-        bound = torch.stack([_nucleus_bound(*row, temperature, truncation.top_p) for row in zip(x, log_sum)])[:, None]
+        bound = torch.stack([_nucleus_bound(*row, temperature, truncation.top_p) for row in zip(x, log_sum, strict=True)])[:, None]
     if truncation.min_p > 0:
         bound = bound.maximum(x.amax(1, keepdim=True) + temperature * math.log(truncation.min_p))
     return bound

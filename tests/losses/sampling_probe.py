@@ -9,7 +9,7 @@ from fastr1_kernels.gpu.noise import LN_2, log2_exponential, noise_bits, row_wor
 
 
 @triton.jit
-def noise_kernel(keys_ptr, positions_ptr, bits_ptr, noise_ptr, V, BLOCK: tl.constexpr):
+def noise_kernel(keys_ptr, positions_ptr, bits_ptr, noise_ptr, V, BLOCK: tl.constexpr):  # noqa: N803
     i_r, o_v = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k0, k1 = row_words(tl.load(keys_ptr + i_r), tl.load(positions_ptr + i_r))
     bits = noise_bits(o_v, k0, k1)

@@ -65,7 +65,7 @@ def test_sample_tokens_matches_reference_for_odd_shapes(backend: Backend, rows: 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 3000.0])
 def test_bounds_on_the_noise_miss_no_token(scale: float, rows: int) -> None:
     # From a flat softmax, where any column may win, to one where the noise decides nothing.
-    assert 9_000 > torch_sampling.SMALL
+    assert torch_sampling.SMALL < 9_000
     for seed in range(4):
         logits, where = logits_of(rows, 9_000 + seed, scale, seed), streams(rows, seed=seed)
         noise = gumbel_noise(*where.values(), logits.shape[1])
@@ -278,7 +278,7 @@ def test_row_without_distribution_has_nan_logps_and_an_allowed_token(backend: Ba
     allowed = torch.arange(70, device=backend.device) >= 4
     got = sample_tokens(rows, **where, allowed=allowed, check_values=False, **options)
     assert got.logps.isnan().tolist() == got.full_logps.isnan().tolist() == [True] * 4 + [False]
-    assert (4 <= got.token_ids).all()
+    assert (got.token_ids >= 4).all()
     assert (got.token_ids < 70).all()
     none = sample_tokens(rows, **where, allowed=allowed & False, check_values=False, **options)
     assert none.token_ids.tolist() == [0] * 5

@@ -1,4 +1,4 @@
-"""Noise of the sampler: a Gumbel distribution, independent over columns, positions and keys, the same in the kernels."""
+"""Noise of the sampler: Gumbel numbers, independent over columns, positions and keys, the same in the kernels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_noise_bits_are_independent() -> None:
 WEAK: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "the column is not mixed first": lambda c, k0, k1: (c ^ k0) * noise.MULTIPLIERS[0] + k1,
     "one product of the sum": lambda c, k0, k1: (c + k0 + k1) * noise.MULTIPLIERS[0],
-    "no key": lambda c, k0, k1: (real(c, k0 * 0, k1 * 0)),
+    "no key": lambda c, k0, k1: real(c, k0 * 0, k1 * 0),
     "a key that only shifts the columns": lambda c, k0, k1: noise.column_words(COLUMNS + 64, c.device)[
         c[None].long() + (k0 & 63).long()
     ],

@@ -1,8 +1,8 @@
 """What a kept logit is at least, for top_k, top_p and min_p: one number per row, found without sorting.
 
 Both searches ask for the largest v with weight({x >= v}) >= target, where a column weighs 1 (top_k) or 2^((x - m)·k)
-(top_p). float32 numbers have the order of integers, so v is found by halving an interval of them twice per reading of the
-row: three pivots at a time, 16 readings, 8 where the logits have 16 bits; from the second on the row is in the cache.
+(top_p). float32 numbers have the order of integers, so v is found by halving an interval of them twice per reading of
+the row: three pivots at a time, 16 readings, 8 where the logits have 16 bits; from the second on the row is in the cache.
 top_p starts where top_k ended. Sums are float32 in a fixed order, and a rounded sum of more terms is never smaller, so
 the search cannot contradict itself.
 
@@ -71,7 +71,16 @@ def add_weights(b_sum, weight, m_x):
 
 @triton.jit
 def weight_above(
-    x_ptr, stride_v, allowed_ptr, V, pivot, row_top, scale, ZEROS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    stride_v,
+    allowed_ptr,
+    V,
+    pivot,
+    row_top,
+    scale,
+    ZEROS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Σ 2^((x - m)·k) of the columns of order `pivot` and above."""
     b_sum = tl.zeros((BLOCK // LANE,), tl.float32)
@@ -151,14 +160,10 @@ def bound_rows_kernel(
     low = order_of(tl.full((), LOWEST, tl.float32), ZEROS).to(tl.int64)
     end = order_of(row_top, ZEROS).to(tl.int64) + 1
     if HAS_TOP_K:
-        low = search(
-            x_ptr, stride_v, allowed_ptr, V, low, end, top_k, row_top, scale, False, ZEROS, WIDTH, BLOCK
-        )
+        low = search(x_ptr, stride_v, allowed_ptr, V, low, end, top_k, row_top, scale, False, ZEROS, WIDTH, BLOCK)
     if HAS_TOP_P:
         mass = weight_above(x_ptr, stride_v, allowed_ptr, V, low.to(tl.int32), row_top, scale, ZEROS, WIDTH, BLOCK)
-        low = search(
-            x_ptr, stride_v, allowed_ptr, V, low, end, top_p * mass, row_top, scale, True, ZEROS, WIDTH, BLOCK
-        )
+        low = search(x_ptr, stride_v, allowed_ptr, V, low, end, top_p * mass, row_top, scale, True, ZEROS, WIDTH, BLOCK)
     bound = tl.maximum(number_of(low.to(tl.int32), ZEROS), row_top - min_p_gap)
     tl.store(bounds_ptr + i_r, tl.minimum(tl.maximum(bound, LOWEST), row_top))
 

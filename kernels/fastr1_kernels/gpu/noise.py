@@ -1,7 +1,7 @@
 """The noise of `fastr1_kernels.noise` as device functions: the same bits, the same numbers up to rounding.
 
-Multiplications that are followed by a sum are written as `fma`: a compiler that may choose would choose differently in two
-copies of the same line, and the noise of a column would depend on the block that it falls into.
+Multiplications that are followed by a sum are written as `fma`: a compiler that may choose would choose differently in
+two copies of the same line, and the noise of a column would depend on the block that it falls into.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_W = tl.constexpr(1 - 2.0**-24)
-SERIES = tl.constexpr(0.03125)  # w below which -log(1 - w) is summed: the logarithm of a number near 1 has lost w's digits
+SERIES = tl.constexpr(
+    0.03125
+)  # w below which -log(1 - w) is summed: the logarithm of a number near 1 has lost w's digits
 
 
 @triton.jit

@@ -66,7 +66,9 @@ def row_kernel(function: Callable[..., None]) -> Any:
     Rows that start at multiples of 16 bytes are known by WIDTH. Of V, triton keeps whether 16 divides it.
     """
     names = list(inspect.signature(function).parameters)
-    lengths = [name for name in names if name in ("N", "T", "R", "G", "splits") or name.endswith(("stride_b", "stride_t"))]
+    lengths = [
+        name for name in names if name in ("N", "T", "R", "G", "splits") or name.endswith(("stride_b", "stride_t"))
+    ]
     starts = [name for name in names if name.endswith(("_ptr", "stride_v"))]
     return triton.jit(do_not_specialize=lengths, do_not_specialize_on_alignment=starts)(function)
 
