@@ -242,7 +242,7 @@ def rollout_table(root: Path) -> str:
     row = rows[-1]
     caption = (
         f"{row['device']}, {row['threads']} threads; medians; two measurements of ours differ by {spreads[0]:.0%} to "
-        f"{spreads[-1]:.0%}; commit {row['commit'][:10]}. A step is the time over the tokens of the longest one; "
+        f"{spreads[-1]:.0%}; commit {row['commit'][:10]}. A step: the time over the tokens of the longest completion; "
         "tokens per second are those of the completions, padding left out; the floor is that of the weights, keys and "
         "products at the measured rates of the machine."
     )

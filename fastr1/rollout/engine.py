@@ -104,6 +104,7 @@ class RolloutEngine:
                 while any(completion.ended_by is None for completion in self.active):
                     self.step()
         rollout = self._collect()
+        self.token_step.finish()
         if not self.keeps_arenas:
             self.release()
         return rollout

@@ -46,6 +46,10 @@ class TokenStep:
         self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
         self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
 
+    def finish(self) -> None:
+        """End a rollout: copies of weights are given up."""
+        self.attention_inputs = self.mlp_inputs = []
+
     def __call__(self, num_rows: int) -> None:
         """Forward the last token of the first rows, and draw their next one."""
         self.draw(self.model.project(self.hidden(num_rows)))

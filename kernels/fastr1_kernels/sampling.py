@@ -1,8 +1,8 @@
 """One token per row of logits, drawn or greedy, with its log-probabilities: the public door.
 
 A draw is argmax(logits/temperature + noise) over the columns that truncation and `allowed` keep, and the noise is a
-hash of (key, position, column), see `noise`. On a GPU one Triton kernel reads the logits once (`gpu.sampling`), elsewhere
-plain torch does it a few rows at a time (`torch_sampling`).
+hash of (key, position, column), see `noise`. On a GPU one Triton kernel reads the logits once (`gpu.sampling`),
+elsewhere plain torch does it a few rows at a time (`torch_sampling`).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def sample(
         return sample_tokens(logits.float(), noise, **options)
     tokens, (logps, full_logps) = torch.empty(n, dtype=torch.int64), torch.empty(2, n)
     blocked = None if allowed is None or allowed.all() else (~allowed).nonzero()[:, 0]
-    fallback = 0 if blocked is None else int(allowed.int().argmax())
+    fallback = 0 if allowed is None else int(allowed.int().argmax())
     step = max(1, min(n, BLOCK_ELEMENTS // vocabulary))
     share = torch.empty(step, vocabulary)
     draw = _Draw(vocabulary, keys, positions, step) if temperature > 0 else None
@@ -98,7 +98,9 @@ def _bound(x: Tensor, log_sum: Tensor, temperature: float, truncation: Truncatio
         if truncation.top_k > 0:
             x = torch.where(x >= bound, x, -math.inf)
             log_sum = (x / temperature).logsumexp(1)
-        bound = torch.stack([_nucleus_bound(*row, temperature, truncation.top_p) for row in zip(x, log_sum, strict=True)])[:, None]
+        bound = torch.stack(
+            [_nucleus_bound(*row, temperature, truncation.top_p) for row in zip(x, log_sum, strict=True)]
+        )[:, None]
     if truncation.min_p > 0:
         bound = bound.maximum(x.amax(1, keepdim=True) + temperature * math.log(truncation.min_p))
     return bound

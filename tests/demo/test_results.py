@@ -138,7 +138,7 @@ def write_rollouts(path: Path) -> None:
     runs = [
         {"time": "1", "provider": "ours", "median_ms": 9.0},
         {"provider": "ours", "median_ms": 80.4},
-        {"provider": "peer", "median_ms": 1e3, "time_over_ours": 12.5, "checked": "shape alone"},
+        {"provider": "peer", "median_ms": 1e3, "time_over_ours": 12.5, "checked": "number of tokens alone"},
         {"provider": "batch", "status": "skipped", "reason": "takes no videos"},
         {"provider": "ours", "median_ms": 90.0, **equal, "spread": 0.01},
     ]
@@ -153,7 +153,7 @@ def test_table_of_rollouts_shows_the_last_run_with_its_rates(root: Path) -> None
     assert text.split("|---|---|---|---|---|---|---|\n")[1].splitlines() == [
         f"| **{prompts} 28 tokens (longest 64), float32** | | | | | | |",
         "| ours | 80 ms | 1.00 × | 1.25 ms | 4,568 | 40% | tokens and lengths |",
-        "| peer | 1,000 ms | 12.50 × | 1.25 ms | 4,568 | 40% | shape alone |",
+        "| peer | 1,000 ms | 12.50 × | 1.25 ms | 4,568 | 40% | number of tokens alone |",
         "| batch | | | | | | takes no videos |",
         f"| **3B, {prompts} 64 tokens, no video, bfloat16** | | | | | | |",
         "| ours | 90 ms | 1.00 × | 1.25 ms | 4,568 | 40% | tokens and lengths |",

@@ -114,6 +114,7 @@ def test_warm_up_leaves_no_trace(toy) -> None:
     sampler.sample(prompts, tokens, num_generations=2)
     rows, arenas = sampler._rows, sampler._arenas
     before = [x.clone() for x in (*rows.snapshot(), *arenas.suffix_k, *arenas.suffix_v)]
+    sampler.token_step.refresh(sampler.stack, 2)
     sampler._warm_up(lambda: sampler.token_step(8))
     for old, new in zip(before, (*rows.snapshot(), *arenas.suffix_k, *arenas.suffix_v), strict=True):
         assert torch.equal(old, new)

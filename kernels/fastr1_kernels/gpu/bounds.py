@@ -2,9 +2,9 @@
 
 Both searches ask for the largest v with weight({x >= v}) >= target, where a column weighs 1 (top_k) or 2^((x - m)·k)
 (top_p). float32 numbers have the order of integers, so v is found by halving an interval of them twice per reading of
-the row: three pivots at a time, 16 readings, 8 where the logits have 16 bits; from the second on the row is in the cache.
-top_p starts where top_k ended. Sums are float32 in a fixed order, and a rounded sum of more terms is never smaller, so
-the search cannot contradict itself.
+the row: three pivots at a time, 16 readings, 8 where the logits have 16 bits; from the second on the row is in the
+cache. top_p starts where top_k ended. Sums are float32 in a fixed order, and a rounded sum of more terms is never
+smaller, so the search cannot contradict itself.
 
 One program per row, whatever R. `reference_sampling.kept_columns` is the specification.
 """

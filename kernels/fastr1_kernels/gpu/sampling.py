@@ -234,7 +234,7 @@ def launch_sampling(
     allowed = None if allowed is None else allowed.contiguous().view(torch.uint8)
     heat = temperature or 1.0  # greedy: z is the logit
     shared = {"tokens_ptr": tokens, "logps_ptr": logps, "full_logps_ptr": full_logps, "temperature": heat}
-    parts = {"states_ptr": None, "columns_ptr": None}
+    parts: dict[str, Tensor | None] = {"states_ptr": None, "columns_ptr": None}
     if splits > 1:
         parts = {
             "states_ptr": torch.empty(n, splits, STATE.value, device=device),
