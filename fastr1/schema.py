@@ -146,3 +146,4 @@ class Answer:
     is_correct: bool
     is_well_formed: bool
     completion_length: int
+    video: str

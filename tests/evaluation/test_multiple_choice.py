@@ -60,7 +60,7 @@ def evaluate(model: Path, world: Path, output: Path, **options: Any) -> tuple[di
 
 
 def make_answer(letter: str | None, solution: str, kind: str, is_well_formed: bool = True, length: int = 4) -> Answer:
-    return Answer("1", kind, "q", "text", solution, letter, letter == solution, is_well_formed, length)
+    return Answer("1", kind, "q", "text", solution, letter, letter == solution, is_well_formed, length, "0.mp4")
 
 
 def test_summary_counts_unparsable_answers_as_wrong() -> None:
