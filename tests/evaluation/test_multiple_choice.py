@@ -55,6 +55,9 @@ def evaluate(model: Path, world: Path, output: Path, **options: Any) -> tuple[di
         },
     )
     content = json.loads((output / "answers.json").read_text())
+    for answer in content["answers"]:
+        assert Path(answer["video"]).parent == world
+        answer["video"] = Path(answer["video"]).name
     assert content["summary"] == summary
     return summary, content["answers"]
 
