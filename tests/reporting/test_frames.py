@@ -87,7 +87,12 @@ def test_a_sheet_and_its_line_say_what_was_shown(tmp_path: Path) -> None:
     assert SheetIndex(tmp_path).find("videos/a/3.mp4") == sheet
 
 
-def test_one_sheet_per_video_and_frames_over_epochs_threads_and_resumes(tmp_path: Path) -> None:
+def test_one_sheet_per_video_and_frames_over_epochs_threads_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = frames.draw_sheet
+    monkeypatch.setattr(frames, "draw_sheet", lambda small: [drawn.append(1), draw(small)][1])
     for is_resumed in (False, True, True):
         recorder = begun(tmp_path, is_resumed=is_resumed)
 
@@ -105,11 +110,18 @@ def test_one_sheet_per_video_and_frames_over_epochs_threads_and_resumes(tmp_path
     recorder = begun(tmp_path, is_resumed=True)
     recorder.note("training", make_sample(0), make_clip(first=1))  # other frames of the same video
     recorder.close()
-    assert len(index_of(tmp_path)) == 6
+    assert len(index_of(tmp_path)) == len(drawn) == 6  # those that are there cost nothing
     assert is_whole(tmp_path)
 
 
-def test_processes_share_one_folder_without_collisions(tmp_path: Path) -> None:
+def test_processes_share_one_folder_without_collisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def slow(*paths: Any) -> None:  # between the look whether a sheet is there and its line
+        threading.Event().wait(0.005)
+        replace(*paths)
+
+    monkeypatch.setattr(frames.os, "replace", slow)
     ranks = [make_recorder(tmp_path, 4, rank=rank, world_size=2) for rank in range(2)]
     ranks[0].clean(is_resumed=False)
     for recorder in ranks:

@@ -22,7 +22,6 @@ from fastr1.reporting.run_log import read_rows
 from fastr1.reporting.trackers import TrackioTracker
 from fastr1.rewards.scorer import RewardError
 from fastr1.training.grpo import prepare_grpo, run_grpo
-from fastr1.training.resume import MAY_CHANGE
 from fastr1.training.sft import run_sft
 from fastr1.video import load_clip
 
@@ -108,16 +107,15 @@ def test_sheets_change_nothing_and_decode_nothing_again(
 
 
 def test_a_resumed_run_adds_to_the_sheets(world: Path, held_out: Path, tmp_path: Path) -> None:
-    changes = {"run__save_steps": 1}
+    changes: dict[str, Any] = {"run__save_steps": 1}
     run_grpo(settings(world, held_out, tmp_path, optim__max_steps=1, **changes))
     before = {row["sheet"]: (tmp_path / row["sheet"]).stat().st_mtime_ns for row in index_of(tmp_path)}
     assert len(before) == 4 + 4
-    changes["run__resume_from_checkpoint"] = "last"
+    changes |= {"run__resume_from_checkpoint": "last", "run__report_frames": 32}  # which a resume may change
     run_grpo(settings(world, held_out, tmp_path, optim__max_steps=2, **changes))
     after = {row["sheet"]: (tmp_path / row["sheet"]).stat().st_mtime_ns for row in index_of(tmp_path)}
     assert len(after) == len(index_of(tmp_path)) == 10
     assert before.items() <= after.items()
-    assert "run.report_frames" in MAY_CHANGE
 
 
 def test_supervised_fine_tuning_has_them_too(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,18 @@ def test_the_sheet_of_a_video_shows_the_frames_of_load_clip(tmp_path: Path, suff
     assert pixels[48 : 48 + CAPTION_PX].max() > 200  # the times
 
 
-@pytest.mark.parametrize("name", ["sheet.xyz", "sheet", "sheet.xbm", "sheet.mp4"])
-def test_a_file_that_is_no_picture_is_refused_and_not_written(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("sheet.xyz", "pictures cannot be written as '.xyz'"),
+        ("sheet", "pictures cannot be written as ''"),
+        ("sheet.mp4", "pictures cannot be written as '.mp4'"),
+        ("sheet.xbm", "cannot be written as XBM (cannot write mode RGB as XBM)"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_refused_and_not_written(tmp_path: Path, name: str, reason: str) -> None:
     write_video(tmp_path / "clip.mp4", 1)
-    with pytest.raises(DataError, match=rf"{name}.*use \.png"):
+    with pytest.raises(DataError, match=re.escape(f"{name}: {reason}; use .png, .jpg or .webp")):
         write_contact_sheet(tmp_path / "clip.mp4", tmp_path / name)
     assert not (tmp_path / name).exists()
 
