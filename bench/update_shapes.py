@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-UPDATE_OPS = ("train", "reference", "update")
+UPDATE_OPS = ("train", "reference", "update", "report_frames")
 PAPER_UPDATES = 687  # of 8 prompts: one pass over the paper's 5,496 questions
 
 
@@ -20,7 +20,7 @@ class UpdateCase:
     and the connector between them, with random weights.
     """
 
-    op: str  # of UPDATE_OPS: forward and backward; log-probabilities of the reference; everything
+    op: str  # of UPDATE_OPS: forward and backward; log-probabilities of the reference; everything; with its frames
     name: str
     num_prompts: int
     prompt_length: int
@@ -57,12 +57,13 @@ class UpdateCase:
 
     @property
     def results(self) -> str:
-        return "step.jsonl"
+        return "frames.jsonl" if self.op == "report_frames" else "step.jsonl"
 
 
 BETA = 0.04
 DEMO = UpdateCase(op="train", name="demo", num_prompts=8, prompt_length=122, mean_length=28, max_length=64)
 SHARED_PREFIX = replace(DEMO, name="long prompt", num_prompts=1, prompt_length=600, mean_length=100, max_length=100)
+DEMO_FILES = replace(DEMO, name="demo, from files", video_size=(96, 96))
 TEXT = replace(DEMO, name="text alone", num_frames=0, mean_length=28, max_length=28)
 PAPER = UpdateCase(
     op="update",
@@ -99,8 +100,9 @@ def update_cases(op: str, full: bool) -> list[UpdateCase]:
         "train": [DEMO, SHARED_PREFIX],
         "reference": [replace(DEMO, beta=BETA)],
         "update": [replace(DEMO, beta=BETA), TEXT],
+        "report_frames": [DEMO_FILES],
     }[op]
-    if full and torch.cuda.is_available():
+    if full and torch.cuda.is_available() and op != "report_frames":
         cases = [*cases, PAPER, LONG_VIDEO]
     return [replace(case, op=op) for case in cases]
 

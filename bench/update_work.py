@@ -13,7 +13,7 @@ import json
 import math
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -32,7 +32,7 @@ from fastr1.config import PACKAGE, DataConfig
 from fastr1.models import VideoLanguageModel, load_model
 from fastr1.models.family import build_model
 from fastr1.models.tinyllava.prompts import IMAGE_TOKEN_INDEX
-from fastr1.schema import Batch, Rollout, Sample, Scored
+from fastr1.schema import Batch, Clip, Rollout, Sample, Scored
 from fastr1.video import ClipPrefetcher, load_pixels, preprocess_frames
 from fastr1_kernels import group_advantages
 
@@ -50,7 +50,9 @@ DECODERS = {  # of Qwen2.5
 class ClipFiles:
     """MP4 files, encoded here, that are decoded ahead in threads over and over; removed with this object."""
 
-    def __init__(self, case: UpdateCase, side: int, num_threads: int) -> None:
+    def __init__(
+        self, case: UpdateCase, side: int, num_threads: int, note: Callable[[Clip], None] | None = None
+    ) -> None:
         assert case.video_size is not None
         width, height = case.video_size
         seconds = max(5, case.num_frames // 25 + 1)
@@ -59,7 +61,7 @@ class ClipFiles:
         preprocess = partial(preprocess_frames, height=side, width=side)
 
         def load(path: Path) -> Tensor:
-            return load_pixels(path, data, preprocess, harness.device())
+            return load_pixels(path, data, preprocess, harness.device(), note)
 
         paths = itertools.repeat(self._clip.path)
         self._loading = ClipPrefetcher(load, paths, num_threads=num_threads, depth=2 * case.num_prompts)

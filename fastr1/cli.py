@@ -1,4 +1,4 @@
-"""The `fastr1` command: train, sft, check-data, eval, chat, demo-data, demo, report, doctor.
+"""The `fastr1` command: train, sft, check-data, frames, eval, chat, demo-data, demo, report, doctor.
 
 Heavy modules are imported inside the commands, so `--help` is quick and a wrong configuration is reported before torch
 loads. Our own errors print as one line and exit with code 2; FASTR1_DEBUG=1 shows their traceback.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import ConfigError, TrainConfig, config_to_dict, find_config, load_config
+from fastr1.config import ConfigError, DataConfig, TrainConfig, config_to_dict, find_config, load_config
 from fastr1.evaluation.arguments import (
     add_chat_arguments,
     add_eval_arguments,
@@ -146,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="processes on this machine, one per GPU (default: %(default)s); batch sizes are per process",
         )
     _add_check_data(commands)
+    _add_frames(commands)
     _add_eval(commands)
     _add_chat(commands)
     _add_demo(commands)
@@ -182,6 +183,15 @@ def _add_check_data(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument(
         "--timeout-seconds", type=not_negative, default=300.0, help="of one video, 0: no limit (default: %(default)g)"
     )
+
+
+def _add_frames(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    help_ = "draw the frames of a video that a model would see as one picture"
+    parser = _add(commands, "frames", _frames, help_, "clip.mp4 --num-frames 16 --out sheet.png")
+    parser.add_argument("video", metavar="VIDEO", help="video file")
+    number = DataConfig.num_frames
+    parser.add_argument("--num-frames", type=positive, default=number, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, …")
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -241,6 +251,13 @@ def _check_data(args: argparse.Namespace) -> int:
 
     workers, timeout = args.num_workers, args.timeout_seconds
     return check_data(config, output_dir=args.output_dir, num_workers=workers, timeout_seconds=timeout)
+
+
+def _frames(args: argparse.Namespace) -> int:
+    from fastr1.video.sheets import write_contact_sheet
+
+    print(write_contact_sheet(args.video, args.out, args.num_frames))
+    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -147,3 +147,4 @@ class Answer:
     is_correct: bool
     is_well_formed: bool
     completion_length: int
+    video: str

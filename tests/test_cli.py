@@ -21,7 +21,7 @@ from fastr1.schema import DataError
 from fastr1.training.agreement import PeerError, on_every_rank
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ["train", "sft", "check-data", "eval", "chat", "demo-data", "demo", "report", "doctor"]
+COMMANDS = ["train", "sft", "check-data", "frames", "eval", "chat", "demo-data", "demo", "report", "doctor"]
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
 
 
@@ -96,6 +96,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--max-bad-fraction", "2"],
         ["demo-data", "--num-train", "many"],
         ["report"],
+        ["frames", "clip.mp4"],
+        ["frames", "clip.mp4", "--out", "sheet.png", "--num-frames", "0"],
     ],
 )
 def test_wrong_command_lines_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +258,18 @@ def test_demo_data_honours_its_options(tmp_path: Path) -> None:
     assert rows[0] != rows[1]
     assert [len(row.splitlines()) for row in rows] == [4, 4]
     assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 2
+
+
+def test_frames_writes_a_sheet_and_prints_its_path(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheets = [tmp_path / "a.png", tmp_path / "b.png"]
+    for sheet, options in zip(sheets, ([], ["--num-frames", "3"]), strict=True):
+        assert cli.main(["frames", str(world / "0.mp4"), "--out", str(sheet), *options]) == 0
+        assert capsys.readouterr().out == f"{sheet}\n"
+    assert sheets[0].stat().st_size > sheets[1].stat().st_size > 0
+    assert cli.main(["frames", str(world / "none.mp4"), "--out", str(sheets[0])]) == 2
+    assert "none.mp4: does not exist" in capsys.readouterr().err
 
 
 def test_report_command_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config", "schema"},
     "video": {"config", "schema"},
     "rewards": {"config", "schema", "workers"},
-    "reporting": {"config", "schema"},
+    "reporting": {"config", "schema", "video"},
     "models": {"config", "schema", "data", "video"},
     "roofline": {"reporting", "models"},
     "rollout": {"config", "schema", "models"},
@@ -139,7 +139,7 @@ ROOMS: dict[str, set[str]] = {
     "check_data": {"config", "schema", "workers", "data", "video", "models"},
     "doctor": {"config", "video", "models", "roofline", "training"},
     "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
-    "cli": {"config", "check_data", "doctor", "demo", "reporting", "evaluation", "training"},
+    "cli": {"config", "video", "check_data", "doctor", "demo", "reporting", "evaluation", "training"},
     "train": {"config", "cli"},
 }
 
@@ -174,12 +174,13 @@ def test_rooms_import_in_one_direction() -> None:
 # Libraries that one file of each source root imports, so that an upgrade is that file's matter.
 ONE_IMPORTER = {
     "deepspeed": "fastr1/training/distributed.py",
-    "PIL": "fastr1/video/resize.py",
     "flash_attn_interface": "fastr1/models/packed_backends/flash_attn_3.py",
     "liger_kernel": "fastr1/models/liger.py",
     "matplotlib": "fastr1/reporting/curves.py",
     "safetensors": "fastr1/models/tinyllava/checkpoint.py",
     "torchcodec": "fastr1/video/torchcodec_backend.py",
+    "trackio": "fastr1/reporting/trackers.py",
+    "wandb": "fastr1/reporting/trackers.py",
 }
 
 

@@ -84,6 +84,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.eval_steps": (lambda value: value >= 0, "0 or more; 0 never evaluates during training"),
     "run.eval_samples": _AT_LEAST_ONE,
     "run.per_device_eval_batch_size": _AT_LEAST_ONE,
+    "run.report_frames": (lambda value: value >= 0, "0 or more MiB; 0 writes no contact sheets"),
     "run.resume_from_checkpoint": (lambda value: value != "", 'a checkpoint folder, "last" or null'),
 }
 

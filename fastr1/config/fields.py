@@ -25,7 +25,7 @@ PackedAttention = Literal["auto", "flash_attn", "varlen", "sdpa", "eager"]
 SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "icepop"]
 RolloutBackend = Literal["engine", "eager"]
 Schedule = Literal["cosine", "linear", "constant"]
-Report = Literal["jsonl", "tensorboard"]
+Report = Literal["jsonl", "tensorboard", "wandb", "trackio"]
 Control = Literal["blank_video", "repeated_frame", "shuffled_frames"]  # shown in the place of a clip
 
 
@@ -142,6 +142,7 @@ class RunConfig:
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or "last"
     allow_changed: tuple[str, ...] = ()  # settings, such as "optim.learning_rate", that a resume may change
     report_to: tuple[Report, ...] = ("jsonl", "tensorboard")
+    report_frames: int = 64  # MiB of contact sheets of the clips, in frames/ of the run folder; 0: none
     roofline: bool = True  # measure the machine for two seconds, and report how far updates are from its limit
 
 

@@ -8,6 +8,7 @@ blank frames (what the text alone gives away), one frame repeated (what a pictur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastr1.models import Processor, VideoLanguageModel
 from fastr1.models.texts import prompt_ids
 from fastr1.rewards.answers import extract_answer_letter, extract_think
 from fastr1.rollout import SamplingParams, build_sampler
-from fastr1.schema import Answer, DataError, Sample
+from fastr1.schema import Answer, Clip, DataError, Sample
 from fastr1.video import ClipPrefetcher, VideoError, load_pixels
 
 
@@ -67,13 +68,15 @@ class Evaluator:
         share: slice | Sequence[int] = slice(None),
         control: Control | None = None,
         is_cancelled: Callable[[], bool] = lambda: False,
+        note_clip: Callable[[Sample, Clip], None] = lambda sample, clip: None,
     ) -> tuple[list[Answer], list[BadRow]] | None:
         """Answer a share of `samples`, by their places; `control` is one of `CONTROLS`, or None.
 
         Draws depend on the seed and the place of a question, not on the batch.
         Returns: the answers, and the questions whose video cannot be decoded (under the policy "error" it stops at the
         first); the caller hands these, of all processes, to the ledger, which applies the policy. None once
-        `is_cancelled`, asked before every batch, says so.
+        `is_cancelled`, asked before every batch, says so. `note_clip` is given every clip, in the threads that
+        load them.
         """
         if control is not None and control not in CONTROLS:
             raise DataError(f"control is {control!r}; choose from {', '.join(CONTROLS)}, or None for the clip itself")
@@ -86,7 +89,7 @@ class Evaluator:
         def load(place: int) -> torch.Tensor | BadRow:
             sample, preprocess = self.samples[place], self._processor.preprocess_frames
             try:
-                pixels = load_pixels(sample.video_path, self._data, preprocess, device)
+                pixels = load_pixels(sample.video_path, self._data, preprocess, device, partial(note_clip, sample))
             except VideoError as error:
                 return BadRow(sample.origin, error.problem)
             return pixels if control is None else CONTROLS[control](pixels)
@@ -127,6 +130,7 @@ def _judge(sample: Sample, text: str, length: int) -> Answer:
         is_correct=letter == sample.letter,
         is_well_formed=extract_think(text) is not None,
         completion_length=length,
+        video=str(sample.video_path),
     )
 
 

@@ -1,4 +1,4 @@
-"""The run folder: metrics.jsonl, rollouts.jsonl, TensorBoard events, a progress line.
+"""The run folder: metrics.jsonl, rollouts.jsonl, TensorBoard events, trackers, a progress line.
 
 metrics.jsonl holds one object per call of `RunLogger.log`: "step" (updates done) and named numbers. A number that is
 not finite is written as null, because JSON has no NaN. Names that `curves.py` draws: reward, rewards/<part>,
@@ -13,13 +13,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from fastr1.config import check_value
+
+if TYPE_CHECKING:
+    from fastr1.reporting.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -38,12 +41,13 @@ class RunLogger:
 
     Args:
         output_dir: the run folder, created if needed.
-        report_to: any of "jsonl" and "tensorboard".
+        report_to: any of "jsonl", "tensorboard", "wandb" and "trackio".
         total_steps: updates of the whole run, for the progress line.
         is_main: whether this process writes.
         start_step: updates done before this process started. Rows of later steps, left by a run that stopped after its
             last checkpoint, are dropped; 0 starts the files anew.
         num_unlogged: how many of them are to be in the next row of metrics: one that was written for them is dropped.
+        settings: what trackers show beside the numbers.
         progress: the stream of the progress bar; where it is not a terminal, a plain line is printed about twenty
             times per run instead.
 
@@ -59,11 +63,14 @@ class RunLogger:
         *,
         start_step: int = 0,
         num_unlogged: int = 0,
+        settings: Mapping[str, Any] | None = None,
         progress: TextIO | None = None,
     ) -> None:
         check_value("run.report_to", tuple(report_to))
         self._files: dict[str, TextIO] = {}
         self._tensorboard: Any = None
+        self._trackers: list[Tracker] = []
+        self._last_row = -1  # step of the last row of metrics
         self._progress: _Progress | None = None
         if not is_main:
             return
@@ -81,6 +88,11 @@ class RunLogger:
 
             _wait_for_a_later_name(folder / TENSORBOARD_DIR)
             self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_DIR), purge_step=start_step - num_unlogged + 1)
+        if {"wandb", "trackio"} & set(report_to):
+            from fastr1.reporting.trackers import open_trackers
+
+            is_resumed = start_step > 0
+            self._trackers = open_trackers(report_to, folder, is_resumed=is_resumed, settings=settings or {})
         self._progress = _Progress(total_steps, start_step, progress or sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -96,20 +108,29 @@ class RunLogger:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()  # a run that is killed keeps every number
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
+        self._last_row = step
         self._progress.update(step, numbers)
 
     def log_rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Records completions with their question, rewards and advantage, one object per completion."""
+        """Records completions with their question, rewards and advantage, one object per completion. Trackers get
+        those of updates with a row of metrics, which is logged before."""
         if self._progress is not None:
             for row in rows:
                 self._write(ROLLOUTS_FILE, {"step": step, **row})
+            if rows and step == self._last_row:
+                for tracker in self._trackers:
+                    tracker.log_rollouts(step, rows)
 
-    def close(self) -> None:
-        """Flushes and closes everything; the logger must not be used afterwards."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Flushes and closes everything; the logger must not be used afterwards. Trackers show a run that failed."""
         for file in self._files.values():
             file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(has_failed=has_failed)
         if self._progress is not None:
             self._progress.close()
 
@@ -119,10 +140,10 @@ class RunLogger:
             self._files[name].flush()  # a run that is killed keeps every row
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, *, key: str = "step", kind: type = int) -> list[dict[str, Any]]:
     """The rows of a metrics or rollouts file; a last line cut short by a killed process is left out.
 
-    Raises: RunLogError when the file is missing or any other line is not an object with an integer "step".
+    Raises: RunLogError when the file is missing or any other line is not an object whose `key` is of that kind.
     """
     source = Path(path)
     try:
@@ -138,8 +159,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if is_last:
                 break
             raise RunLogError(f"{source}:{number} is not JSON ({error}); repair or remove the line") from error
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise RunLogError(f'{source}:{number} is not an object with an integer "step"; repair or remove the line')
+        if not isinstance(row, dict) or type(row.get(key)) is not kind:
+            raise RunLogError(f'{source}:{number} is not an object with "{key}", {kind.__name__}; repair or remove it')
         rows.append(row)
     return rows
 

@@ -10,18 +10,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol
 
 import torch
 
-from fastr1.config import DataConfig, TrainConfig, save_config
+from fastr1.config import DataConfig, TrainConfig, config_to_dict, save_config
 from fastr1.data.ledger import BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.evaluation.multiple_choice import summarise_answers
 from fastr1.models import Processor, VideoLanguageModel, apply_liger, load_model, load_processor
 from fastr1.models.devices import resolve_device
+from fastr1.reporting.frames import FrameRecorder, When
 from fastr1.reporting.run_log import RunLogger
 from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
 from fastr1.reporting.timing import PhaseTimer, machine_metrics
@@ -124,6 +126,11 @@ class TrainingRun(Generic[S]):
         )
         self.model.train()
         self.timer = PhaseTimer(self.distributed.device)
+        roots: dict[When, Path] = {"training": Path(config.data.video_root)}
+        if self._evaluator is not None:
+            roots["evaluation"] = Path(config.data.eval_video_root or config.data.video_root)
+        ranks = {"rank": self.distributed.rank, "world_size": self.distributed.world_size}
+        self._frames = FrameRecorder(self.output_dir, config.run.report_frames, roots, **ranks)
         eval_ledger = None if self._evaluator is None else self._evaluator.ledger
         self.bad_data = BadData(self.distributed, self.output_dir, self._ledger, eval_ledger)
         self.updates: Updates[S] = Updates(
@@ -134,6 +141,7 @@ class TrainingRun(Generic[S]):
             self.distributed,
             self.bad_data,
             self.timer,
+            partial(self._frames.note, "training"),
             samples_per_rank=self.samples_per_rank,
             seed=config.run.seed,
         )
@@ -180,10 +188,12 @@ class TrainingRun(Generic[S]):
         try:
             yield log
         except BaseException:
-            with suppress(OSError):  # of a full disk once more, in the place of what went wrong
-                log.close()
+            for close in (self._frames.close, partial(log.close, has_failed=True)):
+                with suppress(Exception):  # a full disk once more, in the place of what went wrong
+                    close()
             raise
         with agreement(self.distributed):
+            self._frames.close()
             log.close()
 
     def _start_log(self, start: int) -> RunLogger:
@@ -194,9 +204,14 @@ class TrainingRun(Generic[S]):
         with agreement(self.distributed):
             if is_main:
                 save_config(self.config, self.output_dir / "config.json")
+                self._frames.clean(is_resumed=self._checkpoint is not None)
         self.bad_data.begin()
         with agreement(self.distributed):
-            return RunLogger(self.output_dir, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged)
+            self._frames.begin()
+            settings, folder = config_to_dict(self.config), self.output_dir
+            return RunLogger(
+                folder, report_to, total, is_main, start_step=start, num_unlogged=num_unlogged, settings=settings
+            )
 
     def _train(self, step: Step[S], start: int, keeper: Keeper) -> Path | None:
         """Every remaining update; returns the checkpoint if asked to stop before the last."""
@@ -259,7 +274,8 @@ class TrainingRun(Generic[S]):
         assert evaluator is not None
         with self.timer.phase("evaluation"), ranks.gathered_parameters(), agreement(ranks):
             share = slice(ranks.rank, None, ranks.world_size)
-            mine = evaluator.answer(self.model, share=share, is_cancelled=lambda: bool(self.stop))
+            note = partial(self._frames.note, "evaluation")
+            mine = evaluator.answer(self.model, share=share, is_cancelled=lambda: bool(self.stop), note_clip=note)
         everyone = ranks.gather_objects(mine)
         if None in everyone:
             return None

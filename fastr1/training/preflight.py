@@ -15,6 +15,7 @@ from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.models.liger import resolve_liger
 from fastr1.models.packed_attention import choose_packed_backend
 from fastr1.models.weights import check_weights
+from fastr1.reporting.trackers import check_trackers
 from fastr1.rewards import build_scorer
 from fastr1.schema import DataError, Sample, SftSample
 from fastr1.training.checkpoint import CHECKPOINTS, LAST, CheckpointError, check_checkpoint, find_checkpoint
@@ -27,7 +28,7 @@ _NUM_TRIED = 8  # clips, where bad ones are to be skipped
 
 def check_run(config: TrainConfig) -> None:
     """Looks up everything that a configuration only names, apart from its data: folders, weights, attention, keys of
-    DeepSpeed, reward functions, decoder.
+    DeepSpeed, reward functions, decoder, trackers.
 
     Raises: ConfigError, CheckpointError, DataError, ModelFileError, RewardError or BackendError, with value and remedy.
     """
@@ -35,6 +36,7 @@ def check_run(config: TrainConfig) -> None:
     dtype = resolve_dtype(config.model.dtype, device)
     _check_output_dir(Path(config.run.output_dir))
     _check_used_folder(Path(config.run.output_dir), config.run.resume_from_checkpoint)
+    check_trackers(config.run.report_to)
     check_weights(config.model.path)
     check_attention(config.model.attn_implementation, device, dtype)
     choose_packed_backend(config.model.packed_attn_implementation, device, dtype)

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "run.allow_changed",
     "run.logging_steps",
     "run.report_to",
+    "run.report_frames",
     "run.roofline",
     "run.save_steps",
     "run.save_minutes",

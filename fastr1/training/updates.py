@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Generic
 
 import torch
@@ -13,7 +14,7 @@ from fastr1.data.ledger import BadRow
 from fastr1.data.order import SampleOrder
 from fastr1.models import Processor
 from fastr1.reporting.timing import PhaseTimer
-from fastr1.schema import S, Update
+from fastr1.schema import Clip, S, Update
 from fastr1.training.agreement import agreement
 from fastr1.training.bad_data import BadData
 from fastr1.training.distributed import DistributedModel
@@ -35,6 +36,7 @@ class Updates(Generic[S]):
         distributed: DistributedModel,
         bad_data: BadData,
         timer: PhaseTimer,
+        note_clip: Callable[[S, Clip], None],
         *,
         samples_per_rank: int,
         seed: int,
@@ -42,6 +44,7 @@ class Updates(Generic[S]):
         self._samples: Sequence[S] = samples
         self._data, self._order, self._processor = data, order, processor
         self._distributed, self._bad_data, self._timer = distributed, bad_data, timer
+        self._note_clip: Callable[[S, Clip], None] = note_clip
         self._samples_per_rank, self._seed = samples_per_rank, seed
 
     def __iter__(self) -> Iterator[Update[S]]:
@@ -78,10 +81,9 @@ class Updates(Generic[S]):
     def _load(self, place: Place) -> torch.Tensor | BadRow:
         """The pixels of a sample, or why its video cannot be decoded. It is never another video."""
         sample = self._samples[place[0]]
+        preprocess, device = self._processor.preprocess_frames, self._distributed.device
         try:
-            return load_pixels(
-                sample.video_path, self._data, self._processor.preprocess_frames, self._distributed.device
-            )
+            return load_pixels(sample.video_path, self._data, preprocess, device, partial(self._note_clip, sample))
         except VideoError as error:
             return BadRow(sample.origin, error.problem)
 

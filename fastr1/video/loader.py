@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from fastr1.config import DataConfig
+from fastr1.schema import Clip
 from fastr1.video.decoders import load_clip
 
 T = TypeVar("T")
@@ -23,12 +24,16 @@ def load_pixels(
     data: DataConfig,
     preprocess_frames: Callable[[torch.Tensor], torch.Tensor],  # of the model's family
     device: torch.device,
+    note: Callable[[Clip], None] | None = None,
 ) -> torch.Tensor:
     """The frames of a video as the vision tower takes them, on `device`. Thread-safe.
 
+    `note` is given the clip before its frames are resized.
     Raises: VideoError where it cannot be decoded.
     """
     clip = load_clip(path, num_frames=data.num_frames, max_frames=data.max_frames, device=device, backend=data.backend)
+    if note is not None:
+        note(clip)
     return preprocess_frames(clip.frames)
 
 

@@ -55,12 +55,15 @@ def evaluate(model: Path, world: Path, output: Path, **options: Any) -> tuple[di
         },
     )
     content = json.loads((output / "answers.json").read_text())
+    for answer in content["answers"]:
+        assert Path(answer["video"]).parent == world
+        answer["video"] = Path(answer["video"]).name
     assert content["summary"] == summary
     return summary, content["answers"]
 
 
 def make_answer(letter: str | None, solution: str, kind: str, is_well_formed: bool = True, length: int = 4) -> Answer:
-    return Answer("1", kind, "q", "text", solution, letter, letter == solution, is_well_formed, length)
+    return Answer("1", kind, "q", "text", solution, letter, letter == solution, is_well_formed, length, "0.mp4")
 
 
 def test_summary_counts_unparsable_answers_as_wrong() -> None:

@@ -118,8 +118,8 @@ def test_report_to_chooses_the_writers(tmp_path: Path) -> None:
     logger.log_rollouts(1, [{"completion": "x"}])
     logger.close()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="wandb"):
-        make_logger(tmp_path, report_to=("wandb",))
+    with pytest.raises(ConfigError, match="mlflow"):
+        make_logger(tmp_path, report_to=("mlflow",))
 
 
 def test_a_metric_may_not_take_the_name_of_the_row_number(tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ def test_two_processes_equal_one(two_processes: Path, plain: Path) -> None:
             assert row["peak_memory_bytes"] == 7 << 40
             assert row["time/step_seconds"] > row["time/reward_seconds"] > 0.1
             assert row["num_tokens"] / row["tokens_per_second"] > 0.1
+        sheets = [row["video"] for row in read_rows(two_processes / name / "frames/index.jsonl", key="sheet", kind=str)]
+        assert sorted(sheets) == [f"{i}.mp4" for i in range(6)]  # each once, though both processes saw some
         rollouts, expected_rollouts = (read_rows(f / "rollouts.jsonl") for f in (two_processes / name, plain))
         assert [row.pop("rank") for row in rollouts] == [0] * 6 + [1] * 6 + [0] * 6 + [1] * 6
         for row, expected in zip(rollouts, expected_rollouts, strict=True):
