@@ -65,7 +65,8 @@ class Sheets:
         if not self._run.sheets:
             yield "The run folder has no contact sheets (frames/): frames are not shown."
         if self._missing:
-            yield f"{len(self._missing)} contact sheets are named in frames/ but not there, e.g. {min(self._missing).name}."
+            first = min(self._missing).name
+            yield f"{len(self._missing)} contact sheets are named in frames/ but cannot be read, e.g. {first}."
         if self._budget.num_refused:
             yield "Some contact sheets are left out to keep the page small; the folder frames/ has them."
 
@@ -186,7 +187,8 @@ def _question_view(question: str, solution: str) -> Context:
 def split_completion(text: str) -> list[tuple[str, str]]:
     """(kind, text) in order, kind "think", "answer" or "outside"; an element that is not closed reaches to the end.
     Nothing but the tags and white space outside of them is lost."""
-    pieces, end = [], 0
+    pieces: list[tuple[str, str]] = []
+    end = 0
     for match in _PIECES.finditer(text):
         pieces.append(("outside", text[end : match.start()]))
         kind = "think" if match["think"] is not None else "answer"

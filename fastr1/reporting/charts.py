@@ -41,7 +41,7 @@ class Chart:
     unit: str
     lines: Sequence[Line]
     hint: str = ""  # how to read it
-    empty: str = "not measured"
+    empty: str = ""  # why there are no lines, where that is known
     levels: Mapping[str, float] = field(default_factory=dict)  # horizontal lines
     bottom: float | None = None  # the axis reaches at least to here
     top: float | None = None
@@ -49,19 +49,22 @@ class Chart:
     is_smoothed: bool = True
 
 
-def layout(chart: Chart, identifier: str) -> dict[str, Any]:
-    """What the template writes: paths, ticks, legend, and the values that a page shows under the pointer."""
+def layout(chart: Chart, identifier: str, steps: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What the template writes: paths, ticks, legend, and the values that a page shows under the pointer. `steps` are
+    the first and last of the axis, the same for all charts of a page; None: those of the lines."""
     lines = [line for line in chart.lines if np.isfinite(line.points[1]).any()]
     drawn: dict[str, Any] = {"id": identifier, "title": chart.title, "unit": chart.unit, "hint": chart.hint}
-    drawn |= {"empty": None if lines else chart.empty, "lines": [], "levels": [], "data": []}
+    drawn |= {"is_empty": not lines, "empty": chart.empty, "lines": [], "levels": [], "data": []}
     if not lines:
         return drawn
-    shapes = _stack(lines) if chart.is_stacked else [_shape(line, chart.is_smoothed) for line in lines]
-    axes = _Axes(chart, shapes)
+    shapes = (
+        _stack(lines, chart.is_smoothed) if chart.is_stacked else [_shape(line, chart.is_smoothed) for line in lines]
+    )
+    axes = _Axes(chart, shapes, steps)
     for line, shape in zip(lines, shapes, strict=True):
-        steps, values = _thin(*line.points)[:2]
+        places, values = _thin(*line.points)[:2]
         last = values[np.isfinite(values)][-1]
-        drawn["data"].append({"steps": _numbers(steps), "values": _numbers(values)})
+        drawn["data"].append({"steps": _numbers(places), "values": _numbers(values)})
         drawn["lines"].append(
             {
                 "label": line.label,
@@ -110,10 +113,10 @@ class _Shape:
 def _shape(line: Line, is_smoothed: bool) -> _Shape:
     steps, values = line.points
     has_markers = len(steps) == 1 or (line.has_markers and len(steps) <= FEW_POINTS)
-    if line.spread is not None:
-        places, middle, low, high = _thin(steps, values, *line.spread)
-        return _Shape(places, middle, low, high, has_markers=has_markers)
     window = 1 if line.has_markers or not is_smoothed else max(1, len(values) // 20)
+    if line.spread is not None:
+        places, middle, low, high = _thin(steps, *(smooth(part, window) for part in (values, *line.spread)))
+        return _Shape(places, middle, low, high, has_markers=has_markers)
     middle = smooth(values, window)
     if len(values) > MAX_POINTS:
         places, _, low, high = _thin(steps, values)
@@ -121,12 +124,14 @@ def _shape(line: Line, is_smoothed: bool) -> _Shape:
     return _Shape(steps, middle, raw=(steps, values) if window > 1 else None, has_markers=has_markers)
 
 
-def _stack(lines: Sequence[Line]) -> list[_Shape]:
+def _stack(lines: Sequence[Line], is_smoothed: bool) -> list[_Shape]:
     """Areas on top of each other: every one from the sum of those before it to its own."""
     shapes: list[_Shape] = []
     below = np.zeros(1)
     for line in lines:
-        steps, values, _, _ = _thin(line.points[0], np.nan_to_num(line.points[1]))
+        steps, values = line.points[0], np.nan_to_num(line.points[1])
+        window = max(1, len(values) // 20) if is_smoothed else 1
+        steps, values, _, _ = _thin(steps, smooth(values, window))
         above = below + values
         shapes.append(_Shape(steps, above, np.broadcast_to(below, above.shape), above))
         below = above
@@ -163,9 +168,9 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 class _Axes:
     """Steps and values → places in the drawing."""
 
-    def __init__(self, chart: Chart, shapes: Sequence[_Shape]) -> None:
-        self.first = float(min(shape.steps[0] for shape in shapes))
-        self.last = float(max(shape.steps[-1] for shape in shapes))
+    def __init__(self, chart: Chart, shapes: Sequence[_Shape], steps: tuple[int, int] | None) -> None:
+        self.first = float(min(shape.steps[0] for shape in shapes) if steps is None else steps[0])
+        self.last = float(max(shape.steps[-1] for shape in shapes) if steps is None else steps[1])
         found = [part for shape in shapes for part in (shape.middle, shape.low, shape.high) if part is not None]
         found += [shape.raw[1] for shape in shapes if shape.raw is not None]
         values = np.concatenate([*found, np.array(list(chart.levels.values()), dtype=float)])

@@ -49,8 +49,8 @@ def build_page(run: Run, *, version: str | None = None) -> str:
     others = other_charts(run.series, charts)
     names, rates = rate_table(run.evaluations)
     changed, same = beside_defaults(run.config)
-    drawn = [layout(chart, f"chart-{i}") for i, chart in enumerate(charts)]
-    drawn_others = [layout(chart, f"other-{i}") for i, chart in enumerate(others)]
+    drawn = [layout(chart, f"chart-{i}", (1, run.last_step)) for i, chart in enumerate(charts)]
+    drawn_others = [layout(chart, f"other-{i}", (1, run.last_step)) for i, chart in enumerate(others)]
     counts = {outcome: sum(pair.outcome == outcome for pair in pairs) for outcome in OUTCOMES}
     return render(
         "report.html",
@@ -63,6 +63,7 @@ def build_page(run: Run, *, version: str | None = None) -> str:
         charts=drawn,
         other_charts=drawn_others,
         chart_data={chart["id"]: chart["data"] for chart in (*drawn, *drawn_others)},
+        task=run.config.get("task", "grpo"),
         has_rollouts=run.picks.num_groups > 0,
         num_groups=run.picks.num_groups,
         num_rows=run.picks.num_rows,

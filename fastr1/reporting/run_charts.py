@@ -120,7 +120,7 @@ def _chart(
     options: Mapping[str, float],
 ) -> Chart:
     lines = [Line(label, series[name], i) for i, (name, label) in enumerate(names.items()) if name in series]
-    empty = "not measured: there is no reference model" if "kl" in names else "not measured"
+    empty = "there is no reference model" if "kl" in names else ""
     return Chart(title, unit, lines, hint, empty, bottom=options.get("bottom"), top=options.get("top"))
 
 
@@ -149,7 +149,7 @@ def _accuracy(series: Mapping[str, Series], levels: Mapping[str, float]) -> Char
         "share of questions",
         lines,
         "Greedy, on the held-out questions of the run; by kind the lenient one.",
-        "not measured: run.eval_steps is 0, or not reached yet",
+        "run.eval_steps is 0, or not reached yet",
         levels=levels if lines else {},
         bottom=0,
         top=1,
@@ -169,7 +169,7 @@ def _times(series: Mapping[str, Series]) -> Chart:
     """Phases on top of each other, and what of an update no phase accounts for."""
     names = [name for name in series if name.startswith("time/") and name != _ASIDE]
     steps = series[_ASIDE][0] if _ASIDE in series else np.unique(np.concatenate([[], *(series[n][0] for n in names)]))
-    lines = []
+    lines: list[Line] = []
     total = np.zeros(len(steps))
     for name in names:
         values = np.zeros(len(steps))
@@ -197,8 +197,23 @@ def _limit_label(name: str) -> str:
 
 
 def _memory(series: Mapping[str, Series]) -> Chart:
-    lines = []
+    lines: list[Line] = []
     if "peak_memory_bytes" in series:
         steps, values = series["peak_memory_bytes"]
         lines = [Line("peak", (steps, values / 2**30), 0)]
     return Chart("Peak memory", "GiB", lines, "Of the process that needed most.", bottom=0)
+
+
+def metric_title(name: str) -> tuple[str, str, float | None]:
+    """Title, unit and bottom of the axis of a metric that is drawn alone."""
+    for title, unit, _, names, options in _FIXED:
+        if name in names:
+            alone = title if len(names) == 1 else f"{title}: {names[name]}"
+            return alone, unit, options.get("bottom")
+    if name.startswith("eval/") and ("accuracy" in name or name.endswith("_rate")):
+        return f"Held-out {name.removeprefix('eval/').replace('_', ' ')}", "share of questions", 0
+    if name == "reward" or name.startswith("rewards/"):
+        return name.replace("rewards/", "Reward: ").replace("_", " ").capitalize(), "per completion", None
+    if name.startswith("time/"):
+        return f"Time: {name.removeprefix('time/').removesuffix('_seconds').replace('_', ' ')}", "seconds", 0
+    return name, "", None
