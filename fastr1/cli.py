@@ -35,18 +35,8 @@ DUPLICATE_SECONDS = 5.0
 Command = Callable[[argparse.Namespace], int]
 # modules of the extra `train`, torch included, by which its absence shows
 _OF_THE_EXTRA = {
-    *("av", "deepspeed", "jinja2", "matplotlib", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"),
-}
-    "av",
-    "deepspeed",
-    "jinja2",
-    "matplotlib",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "tqdm",
-    "transformers",
+    *("av", "deepspeed", "jinja2", "matplotlib", "numpy"),
+    *("safetensors", "tokenizers", "torch", "tqdm", "transformers"),
 }
 
 
