@@ -171,12 +171,12 @@ def _answer_view(row: Context) -> Context:
 
 
 def _question_view(question: str, solution: str) -> Context:
-    """The lines of the question; an option is marked where its letter is the solution's."""
+    """The lines of the question; the option whose letter is the solution's is marked."""
     text, letter = cut(question)[0], re.sub(r"</?answer>", "", str(solution)).strip()
     lines = []
     for line in text.splitlines():
         option = _OPTION.match(line.strip())
-        lines.append({"text": line, "is_option": option is not None, "is_right": bool(option and option[1] == letter)})
+        lines.append({"text": line, "is_right": bool(option and option[1] == letter)})
     return {
         "question": lines,
         "heading": next((line["text"] for line in lines if line["text"].strip()), ""),
