@@ -21,7 +21,7 @@ from fastr1.schema import DataError
 from fastr1.training.agreement import PeerError, on_every_rank
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ["train", "sft", "check-data", "eval", "chat", "demo-data", "demo", "report", "doctor"]
+COMMANDS = ["train", "sft", "check-data", "eval", "chat", "demo-data", "demo", "report", "compare", "doctor"]
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
 
 
@@ -96,6 +96,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["eval", "--model", "m", "--data-file", "d", "--video-root", "v", "--max-bad-fraction", "2"],
         ["demo-data", "--num-train", "many"],
         ["report"],
+        ["report", "run", "--port", "x"],
+        ["compare"],
     ],
 )
 def test_wrong_command_lines_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

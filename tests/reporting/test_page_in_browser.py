@@ -182,7 +182,7 @@ def test_hostile_text_is_shown_as_text(browser: Browser, tmp_path: Path) -> None
 def test_served_page_reloads_when_the_run_goes_on_and_keeps_its_filters(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path)
     with RunServer(run, 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         browser.open(server.url)
         click(browser, "[data-view=worst]")
         click(browser, "[data-outcome=fixed]")

@@ -77,4 +77,4 @@ def test_shares_count_groups_by_how_many_of_them_are_right() -> None:
     assert picks.shares.tolist() == [[1 / 3] * 3] * 2  # one of each kind
     only = pick_groups([row for row in rollouts(1) if row["sample_id"] == "s2"], [], GROUP)
     assert only.shares.tolist() == [[0.0, 0.0, 1.0]]
-    assert len(pick_groups(group(1, "a", [1.0], rewards={"vowels": 1.0}), [], 1).share_steps) == 0
+    assert len(pick_groups([rollout_row(1, 0, 0, rewards={"vowels": 1.0})], [], 1).share_steps) == 0

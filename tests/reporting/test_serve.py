@@ -21,7 +21,7 @@ def server(tmp_path: Path) -> Iterator[RunServer]:
     write_run(tmp_path / "run")
     (tmp_path / "secret.txt").write_text("secret")
     with RunServer(tmp_path / "run", 0) as found:
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield found
         found.shutdown()
