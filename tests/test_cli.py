@@ -260,12 +260,13 @@ def test_demo_data_honours_its_options(tmp_path: Path) -> None:
     assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 2
 
 
-def test_report_command_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_prints_the_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'report.png'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'report.png'}\n{tmp_path / 'report.html'}\n"
     assert (tmp_path / "report.png").exists()
     assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def run_script(folder: Path, code: str) -> subprocess.CompletedProcess[str]:

@@ -42,15 +42,17 @@ def report(args: argparse.Namespace) -> int:
     if args.output is not None and Path(args.output).suffix not in (".html", ".htm"):
         raise ConfigError(f"--output is {args.output}; the page is HTML: name it so, the PNG is written beside it")
     from fastr1.reporting.curves import write_report
-    from fastr1.reporting.page import write_page
+    from fastr1.reporting.page import PAGE_FILE, save_page
+    from fastr1.reporting.read_run import read_run
     from fastr1.reporting.run_log import RunLogError
 
-    page = Path(args.run_dir) / "report.html" if args.output is None else Path(args.output)
+    run = read_run(args.run_dir)
+    page = run.folder / PAGE_FILE if args.output is None else Path(args.output)
     try:
         print(write_report(args.run_dir, page.with_suffix(".png")))
     except RunLogError as error:
         print(f"no {page.with_suffix('.png').name}: {error}", file=sys.stderr)
-    print(write_page(args.run_dir, page))
+    print(save_page(run, page))
     return 0
 
 

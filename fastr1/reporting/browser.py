@@ -108,7 +108,7 @@ def group_views(run: Run, sheets: Sheets, budget: Budget) -> list[Context]:
 def _group_view(group: Group, views: list[str]) -> Context:
     first = group.rows[0]
     completions = [_completion_view(row) for row in group.rows]
-    size = 1500 + _size(first["question"]) + sum(900 + _size(row["completion"][:MAX_CHARS]) for row in group.rows)
+    size = 1500 + _size(first["question"]) + sum(900 + 2 * _size(row["completion"][:MAX_CHARS]) for row in group.rows)
     return {
         "views": views,
         "step": group.step,
@@ -127,7 +127,7 @@ def _group_view(group: Group, views: list[str]) -> Context:
 def _completion_view(row: Context) -> Context:
     text, num_cut = cut(row["completion"])
     return {
-        "pieces": split_completion(text),
+        **_text_view(text),
         "num_cut": num_cut,
         "reward": row["reward"],
         "parts": {name: value for name, value in row["rewards"].items() if isinstance(value, (int, float))},
@@ -145,7 +145,7 @@ def pair_views(run: Run, pairs: Sequence[Pair], sheets: Sheets) -> list[Context]
     for pair in sorted(pairs, key=lambda pair: order.index(pair.outcome)):
         answers = [{"when": when, **_answer_view(row)} for when, row in ((BEFORE, pair.before), (AFTER, pair.after))]
         size = 1500 + sum(
-            _size(text[:MAX_CHARS])
+            2 * _size(text[:MAX_CHARS])
             for text in (pair.after["question"], pair.before["completion"], pair.after["completion"])
         )
         if not budget.takes(size):
@@ -162,7 +162,7 @@ def _answer_view(row: Context) -> Context:
     is_right, is_formed = bool(row["is_correct"]), bool(row["is_well_formed"])
     letter = str(row.get("letter") or "none")
     return {
-        "pieces": split_completion(text),
+        **_text_view(text),
         "num_cut": num_cut,
         "is_right": is_right,
         "is_formed": is_formed,
@@ -173,7 +173,7 @@ def _answer_view(row: Context) -> Context:
 def _question_view(question: str, solution: str) -> Context:
     """The lines of the question; the option whose letter is the solution's is marked."""
     text, letter = cut(question)[0], re.sub(r"</?answer>", "", str(solution)).strip()
-    lines = []
+    lines: list[Context] = []
     for line in text.splitlines():
         option = _OPTION.match(line.strip())
         lines.append({"text": line, "is_right": bool(option and option[1] == letter)})
@@ -182,6 +182,13 @@ def _question_view(question: str, solution: str) -> Context:
         "heading": next((line["text"] for line in lines if line["text"].strip()), ""),
         "solution": letter,
     }
+
+
+def _text_view(text: str) -> Context:
+    """Its pieces; and as it was written, where it is not one thought and one answer."""
+    pieces = split_completion(text)
+    is_plain = [kind for kind, _ in pieces] == ["think", "answer"] and text.count("</") == 2
+    return {"pieces": pieces, "raw": None if is_plain else text}
 
 
 def split_completion(text: str) -> list[tuple[str, str]]:

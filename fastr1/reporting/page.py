@@ -31,9 +31,12 @@ def write_page(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
     Raises: RunLogError when it is not the folder of a run.
     """
-    folder = Path(run_dir)
-    target = folder / PAGE_FILE if output is None else Path(output)
-    page = build_page(read_run(folder))
+    return save_page(read_run(run_dir), Path(run_dir) / PAGE_FILE if output is None else Path(output))
+
+
+def save_page(run: Run, target: Path) -> Path:
+    """Writes the page of a run that was read, and returns its path."""
+    page = build_page(run)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target

@@ -143,7 +143,7 @@ def _accuracy(series: Mapping[str, Series], levels: Mapping[str, float]) -> Char
     ]
     prefix = "eval/accuracy/"
     for name in sorted(name for name in series if name.startswith(prefix)):
-        lines.append(Line(name.removeprefix(prefix), series[name], 2 + len(lines), has_markers=True))
+        lines.append(Line(name.removeprefix(prefix), series[name], len(lines), has_markers=True))
     return Chart(
         "Held-out accuracy",
         "share of questions",
@@ -160,7 +160,10 @@ def _shares(picks: Picks) -> list[Chart]:
     """How hard the prompts are for the policy, from the completions themselves."""
     if not len(picks.share_steps):
         return []
-    lines = [Line(label, (picks.share_steps, picks.shares[:, i]), i) for i, label in enumerate(SHARES)]
+    lines = [
+        Line(label, (picks.share_steps, picks.shares[:, i]), color)
+        for i, (label, color) in enumerate(zip(SHARES, (2, 0, 1), strict=True))
+    ]
     hint = "Only the middle teaches what is right. All right: too easy; all wrong: too hard."
     return [Chart("Prompts by outcome", "share of groups", lines, hint, bottom=0, top=1, is_stacked=True)]
 

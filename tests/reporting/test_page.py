@@ -159,6 +159,19 @@ def test_thinking_and_answer_are_told_apart_whatever_the_form(text: str, expecte
     assert split_completion(text) == expected
 
 
+def test_a_completion_of_another_form_is_also_shown_as_it_was_written(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    texts = [
+        "<think>a</think><answer>B</answer>",
+        "<think>a</think> <think>B </answer>",
+        "B",
+        "<think>a<answer>B</answer>",
+    ]
+    write_lines(run / "rollouts.jsonl", [rollout_row(1, 0, i, completion=text) for i, text in enumerate(texts)])
+    (group,) = groups(build_page(read_run(run)))
+    assert [html.unescape(text) for text in re.findall(r'<div class="piece raw">(.*?)</div>', group)] == texts[1:]
+
+
 def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     write_evaluation(run, "after", [answer(i, i != 1, is_well_formed=i != 3) for i in range(4)])
