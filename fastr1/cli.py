@@ -1,4 +1,4 @@
-"""The `fastr1` command: train, sft, check-data, frames, eval, chat, demo-data, demo, report, doctor.
+"""The `fastr1` command: train, sft, check-data, frames, eval, chat, demo-data, demo, report, compare, doctor.
 
 Heavy modules are imported inside the commands, so `--help` is quick and a wrong configuration is reported before torch
 loads. Our own errors print as one line and exit with code 2; FASTR1_DEBUG=1 shows their traceback.
@@ -27,13 +27,17 @@ from fastr1.evaluation.arguments import (
     positive,
     what_to_ask,
 )
+from fastr1.reporting.arguments import add_compare_arguments, add_report_arguments, compare, report
 
 # An error before the ranks know of each other is mostly that of all: the first tells it, and is given time to.
 DUPLICATE_SECONDS = 5.0
 
 Command = Callable[[argparse.Namespace], int]
 # modules of the extra `train`, torch included, by which its absence shows
-_OF_THE_EXTRA = {"av", "deepspeed", "matplotlib", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"}
+_OF_THE_EXTRA = {
+    *("av", "deepspeed", "jinja2", "matplotlib", "numpy"),
+    *("safetensors", "tokenizers", "torch", "tqdm", "transformers"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,9 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_demo(commands)
 
-    report = _add(commands, "report", _report, "draw a run as PNG", "runs/demo/grpo")
-    report.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run (holds metrics.jsonl)")
-    report.add_argument("--output", metavar="PNG", help="where to write it (default: RUN_DIR/report.png)")
+    add_report_arguments(_add(commands, "report", report, "show a run as one page", "runs/demo/grpo"))
+    example = "runs/seed0/grpo runs/seed1/grpo --out compare.html"
+    add_compare_arguments(_add(commands, "compare", compare, "show several runs beside each other", example))
     doctor = _add(commands, "doctor", _doctor, "check what works on this machine", "--json")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
     add_config_arguments(doctor, required=False)
@@ -293,13 +297,6 @@ def _demo(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run_demo(Path(args.output_dir), seed=args.seed, quick=args.quick)
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from fastr1.reporting.curves import write_report
-
-    print(write_report(args.run_dir, args.output))
     return 0
 
 

@@ -21,7 +21,9 @@ from fastr1.schema import DataError
 from fastr1.training.agreement import PeerError, on_every_rank
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ["train", "sft", "check-data", "frames", "eval", "chat", "demo-data", "demo", "report", "doctor"]
+COMMANDS = [
+    *("train", "sft", "check-data", "frames", "eval", "chat", "demo-data", "demo", "report", "compare", "doctor"),
+]
 MINIMAL = {"model": {"path": "m"}, "data": {"train_file": "t.jsonl", "video_root": "v"}}
 
 
@@ -98,6 +100,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["report"],
         ["frames", "clip.mp4"],
         ["frames", "clip.mp4", "--out", "sheet.png", "--num-frames", "0"],
+        ["report", "run", "--port", "x"],
+        ["compare"],
     ],
 )
 def test_wrong_command_lines_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,12 +276,13 @@ def test_frames_writes_a_sheet_and_prints_its_path(
     assert "none.mp4: does not exist" in capsys.readouterr().err
 
 
-def test_report_command_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_prints_the_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'report.png'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'report.png'}\n{tmp_path / 'report.html'}\n"
     assert (tmp_path / "report.png").exists()
     assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def run_script(folder: Path, code: str) -> subprocess.CompletedProcess[str]:

@@ -76,12 +76,13 @@ def run_alone(code: str, path: list[Path], folder: Path, *arguments: str) -> sub
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_wheel_holds_every_module_configuration_and_file_of_the_base_model(installed: Path) -> None:
+def test_wheel_holds_every_module_configuration_template_and_file_of_the_base_model(installed: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastr1").rglob("*.py")}
     expected |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
     expected |= {f"fastr1/configs/{name}.json" for name in CONFIGS}
     base_model = ROOT / "fastr1" / "demo" / "base_model"
     expected |= {str(path.relative_to(ROOT)) for path in base_model.iterdir() if path.is_file()}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastr1" / "reporting" / "templates").iterdir()}
     found = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert {name for name in found if not re.match(r"fastr1-[\d.]+\.dist-info/", name)} == expected
 

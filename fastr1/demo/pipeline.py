@@ -1,4 +1,4 @@
-"""The whole job at toy size: data → cold start → evaluation → GRPO → evaluation → summary, curves and a table.
+"""The whole job at toy size: data → cold start → evaluation → GRPO → evaluation → summary, curves, a page and a table.
 
 Training runs through the same command a user types, `deepspeed fastr1/train.py --config …`.
 """
@@ -26,6 +26,8 @@ from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluation.checkpoint import evaluate_checkpoint
 from fastr1.reporting.curves import SUMMARY_FILE, write_report
+from fastr1.reporting.page import write_page
+from fastr1.reporting.read_run import EVALUATION_DIR
 from fastr1.reporting.run_log import METRICS_FILE, read_rows
 from fastr1.schema import DataError
 
@@ -87,10 +89,21 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
     }
     for folder in (root, grpo):
         (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    _keep_evaluations(root / EVALUATION_DIR, grpo / EVALUATION_DIR)
     curves = write_report(grpo, root / "curves.png")
+    page = write_page(grpo)
     print(format_table(summary))
     print(f"curves: {curves}   summary: {root / SUMMARY_FILE}   model: {grpo / 'final'}")
+    print(f"what the model saw, said and was rewarded for: {page}")
     return summary
+
+
+def _keep_evaluations(source: Path, run: Path) -> None:
+    """Copies of the answers in the run folder, where its page looks for them."""
+    run.mkdir(exist_ok=True)
+    names = {"coldstart": "before", "grpo": "after", **{f"grpo_{control}": control for control in SHOWN_INSTEAD}}
+    for name, kept in names.items():
+        shutil.copyfile(source / f"{name}.json", run / f"{kept}.json")
 
 
 def _make_run_folders(*folders: Path) -> None:

@@ -8,7 +8,7 @@ Reads metrics.jsonl of the run folder and, where present, summary.json, whose op
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,9 +89,14 @@ def merge_runs(runs: Sequence[Mapping[str, Series]]) -> dict[str, Series]:
 
 
 def read_series(path: Path) -> dict[str, Series]:
+    """Every metric of a file of rows, as `to_series`."""
+    return to_series(read_rows(path))
+
+
+def to_series(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     """Every metric as (steps, values), sorted by step; nulls become NaN, a later row of a step replaces an earlier."""
     found: dict[str, dict[int, float]] = {}
-    for row in read_rows(path):
+    for row in rows:
         for name, value in row.items():
             if name != "step" and (value is None or isinstance(value, (int, float))):
                 found.setdefault(name, {})[row["step"]] = float("nan") if value is None else float(value)

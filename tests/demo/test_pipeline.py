@@ -48,13 +48,19 @@ class Stages:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(settings["run.output_dir"]) / "metrics.jsonl").write_text(lines)
 
-    def evaluate(self, *, model_path: Path, control: str | None, **others: Any) -> dict[str, float]:
+    def evaluate(self, *, model_path: Path, control: str | None, output: Path, **others: Any) -> dict[str, float]:
         run = model_path.parent.name
         self.evaluations.append((run, control))
         accuracy = RATES[control] if run == "grpo" else 0.5
         rates = {"accuracy": accuracy, "strict_accuracy": accuracy / 2, "format_rate": 0.98}
         rates |= {"completion_length": 27.0, "num_questions": 150.0}
-        return {**rates, "accuracy/first": accuracy / 2, "accuracy/order": accuracy}
+        rates |= {"accuracy/first": accuracy / 2, "accuracy/order": accuracy}
+        output.parent.mkdir(exist_ok=True)
+        is_right = run == "grpo" and control is None
+        answer = {"sample_id": "1", "question": "Which?", "completion": f"{run} {control}", "solution": "A"}
+        answer |= {"is_correct": is_right, "is_well_formed": True}
+        output.write_text(json.dumps({"summary": rates, "answers": [answer]}))
+        return rates
 
 
 @pytest.fixture
@@ -77,6 +83,20 @@ def test_controls_are_measured_on_the_trained_model_and_told(
     assert " ".join(total.split()) == "accuracy 50.0 % 71.0 % 41.0 % 29.0 % 19.0 %"
     assert kinds[0].split()[:3] == ["strict_accuracy", "25.0", "%"]
     assert kinds[1].split()[:3] == ["accuracy/first", "25.0", "%"]
+
+
+def test_the_demo_ends_by_naming_the_page_of_its_run(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run_demo(tmp_path)
+    page = tmp_path / "grpo" / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f": {page}")
+    text = page.read_text()
+    assert "50.0 %" in text
+    assert "1 fixed, 0 broken of 1" in text
+    kept = {file.stem: json.loads(file.read_text())["answers"][0] for file in (tmp_path / "grpo/evaluation").iterdir()}
+    said = {name: answer["completion"] for name, answer in kept.items()}
+    assert said == {"before": "coldstart None", "after": "grpo None", **{c: f"grpo {c}" for c in CONTROLS}}
 
 
 def test_summary_holds_conditions_and_seconds_of_every_phase(tmp_path: Path, stages: Stages) -> None:
