@@ -155,7 +155,13 @@ class RolloutEngine:
                 self.stack, self.model, self._rows, self._arenas, self.params, num_positions, end_ids, allowed
             )
         self._rows.start(keys, lengths, first_positions, num_generations)
+        known = getattr(self.token_step, "addresses", None)
         self.token_step.refresh(self.stack, num_generations)
+        if self.graphs and self.token_step.addresses != known:
+            self.graphs.clear()  # what they read has moved
+        # ZeRO stage 3 gathers weights to other places every time: graphs of them would be captured to be used once.
+        is_partitioned = any(hasattr(parameter, "ds_id") for parameter in self.stack.parameters())
+        self._replays = self.graphs is not None and not is_partitioned
         self.completions = [Completion(row // num_generations, row) for row in range(len(keys))]
         self.active = list(self.completions)
         self.num_rows, self.num_steps = len(self.active), 0
@@ -192,7 +198,7 @@ class RolloutEngine:
         kept = [row for row, completion in enumerate(self.active) if completion.ended_by is None]
         assert self._arenas is not None
         assert self._rows is not None
-        if self.graphs:
+        if self._replays:
             num_rows = bucket_of(len(kept), self._rows.size)
             if num_rows >= self.num_rows and self.num_steps > 0:
                 return
@@ -211,7 +217,8 @@ class RolloutEngine:
 
     def _run(self) -> None:
         assert self.token_step is not None
-        if self.graphs:
+        if self._replays:
+            assert self.graphs is not None
             step = partial(self.token_step, self.num_rows)
             self.graphs.run(self.token_step.key(self.num_rows), step, self._warm_up)
         else:

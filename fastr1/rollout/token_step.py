@@ -43,6 +43,8 @@ class TokenStep:
     def refresh(self, stack: DecoderStack, num_generations: int) -> None:
         """Begin a rollout: weights and adapters may be others, the tensors of this step stay where they are."""
         self.stack, self.num_generations = stack, num_generations
+        own = (self.model.head[0], self.cos, self.sin, self.end_ids, self.rows.tokens)
+        self.addresses = tuple(x.data_ptr() for x in (*stack.parameters(), *own))
         self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
         self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
 
@@ -57,10 +59,9 @@ class TokenStep:
     def key(self, num_rows: int) -> tuple[object, ...]:
         """Everything beside the rows' state that a step of so many rows depends on: numbers that shape or are given to
         launches, and where weights and arenas are."""
-        arenas, rows = self.arenas, self.rows
+        arenas = self.arenas
         sizes = (arenas.num_prompts, arenas.prompt_length, arenas.num_completions, arenas.completion_length)
-        tensors = (*self.stack.parameters(), self.model.head[0], self.cos, self.sin, self.end_ids, rows.tokens)
-        return (num_rows, *sizes, self.num_generations, self.params, tuple(x.data_ptr() for x in tensors))
+        return (num_rows, *sizes, self.num_generations, self.params, self.addresses)
 
     def hidden(self, num_rows: int) -> torch.Tensor:
         """States (R, D) behind the last tokens, after the last norm; their keys and values are in the arena."""
@@ -115,7 +116,7 @@ class TokenStep:
         output_rows = rows.output_rows[:num_rows]
         rows.completion_ids.index_put_((output_rows, drawn), token)
         rows.logps.index_put_((output_rows, drawn), logp)
-        rows.lengths.index_put_((output_rows,), (~has_ended).long(), accumulate=True)
+        rows.lengths.index_add_(0, output_rows, (~has_ended).long())
         rows.tokens[:num_rows] = token
         has_ended |= (token[:, None] == self.end_ids).any(dim=1)
         drawn += rows.advance[:num_rows]

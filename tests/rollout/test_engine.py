@@ -99,10 +99,16 @@ def test_graph_is_not_replayed_where_its_key_has_changed(toy) -> None:
     step.num_generations = 4
     weight = model.decoder.layers[0].mlp.up_proj.weight
     old = weight.data
+    captured = graphs.num_captures
     weight.data = old.clone()
+    sampler.sample(prompts[:1], tokens[:1], num_generations=4)
     assert key != step.key(4)
+    assert graphs.num_captures > captured
     weight.data = old
+    captured = graphs.num_captures
+    sampler.sample(prompts[:1], tokens[:1], num_generations=4)
     assert key == step.key(4)
+    assert graphs.num_captures > captured  # those of before were dropped
     sampler.sample(prompts, tokens, num_generations=6)  # larger arenas
     assert sampler.token_step.key(4) != key
 
@@ -204,3 +210,14 @@ def test_metrics(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     least = found["decode_steps"] * (weights + sum(model.prompt_lengths(prompts, tokens)) * token)
     assert found["decode_gb_per_second"] * 1e9 / 4 >= least
     assert found["decode_gb_per_second"] * 1e9 / 4 <= least + token * 10 * int(lengths.max()) ** 2
+
+
+def test_partitioned_weights_are_not_captured(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO stage 3: they are elsewhere after the next gathering."""
+    model, processor, prompts, tokens = toy
+    graphs = StepGraphs(Replayed)
+    monkeypatch.setattr(model.decoder.norm.weight, "ds_id", 3, raising=False)
+    sampler = RolloutEngine(model, processor, PARAMS, graphs=graphs)
+    ours = sampler.sample(prompts, tokens, num_generations=2)
+    assert graphs.num_captures == 0
+    assert_same(ours, sample_eagerly(model, processor, prompts, tokens, PARAMS, num_generations=2))
