@@ -153,7 +153,7 @@ def test_children_keep_their_signals_to_themselves(tmp_path: Path) -> None:
     fork = "pid = os.fork()\n    if not pid: time.sleep(60)\n    time.sleep(0.1); os.kill(pid, signal.SIGTERM)"
     report = f"(folder / f'code {{rank}}').write_text(str(os.waitpid(pid, 0)[1])); time.sleep(0.7)\n    {WAIT}"
     run = Run(tmp_path, f"{fork}\n    {report}")
-    until(lambda: (tmp_path / "code 0").exists(), 20)
+    until(lambda: (tmp_path / "code 0").exists())
     time.sleep(0.5)
     assert (tmp_path / "code 0").read_text() == str(int(signal.SIGTERM))
     assert run.parent.poll() is None
