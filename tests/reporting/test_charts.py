@@ -65,7 +65,7 @@ def test_a_long_line_is_thinned_and_keeps_every_spike_in_its_band() -> None:
     values = [0.0] * 10_000
     values[4321] = 50.0
     values[77] = -50.0
-    drawn = layout(Chart("t", "u", [line(values)]), "c")
+    drawn = layout(Chart("t", "u", [line(values)], bottom=-50, top=50), "c")
     (shape,) = drawn["lines"]
     assert len(points(shape["path"])) == len(drawn["data"][0]["values"]) == MAX_POINTS
     heights = [y for _, y in points(shape["band"].replace("Z", ""))]

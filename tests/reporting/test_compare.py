@@ -101,6 +101,8 @@ def test_a_run_that_lacks_a_number_has_none_and_a_note_is_told(tmp_path: Path) -
         file.write("{")
     text = text_of(build_comparison([read_run(folder) for folder in folders]))
     assert "accuracy after 50.0 % –" in text
+    folders.append(run_of(tmp_path / "c", seed=1, beta=0.1))
+    assert "accuracy after 50.0 % –" in text_of(build_comparison([read_run(folder) for folder in folders]))
     assert "b: metrics.jsonl ends in a line cut short" in text
 
 

@@ -90,9 +90,10 @@ def test_filters_show_what_they_say(browser: Browser, page: str) -> None:
     click(browser, "#signal")
     assert count(browser, ".group") == 1
     click(browser, "#signal")
-    click(browser, "[data-view=worst]")
-    shown = browser.run(SHOWN.format(".group") + ".map((g) => g.querySelector('summary b').textContent)")
-    assert shown == ["0", "0.25", "1"]
+    for view, expected in (("worst", ["0", "0.25", "1"]), ("best", ["1", "0.25", "0"])):
+        click(browser, f"[data-view={view}]")
+        order = browser.run(SHOWN.format(".group") + ".map((g) => g.querySelector('summary b').textContent)")
+        assert order == expected
     click(browser, "[data-view=surprising]")
     assert count(browser, ".group") == 1
     choose(browser, "#group-text", "no such", "input")
@@ -155,13 +156,19 @@ def test_keyboard_reaches_every_control_in_order_and_shows_where_it_is(browser: 
     seen = []
     for _ in range(60):
         browser.press("Tab")
-        names = [f"document.activeElement.{name}" for name in ("className", "id", "dataset.view", "tagName")]
+        names = [
+            f"document.activeElement.{name}" for name in ("getAttribute('class')", "id", "dataset.view", "tagName")
+        ]
         seen.append(browser.run(" || ".join(names)))
         if seen[-1] == "BODY":  # behind the last of the page
             break
         assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", seen[-1]
     order = [seen.index(name) for name in ("skip", "theme", "update", "best", "step", "signal", "group-text")]
     assert order == sorted(order)
+    charts = browser.run(
+        "[...document.querySelectorAll('#curves > .charts svg')].map((svg) => svg.classList.value || 'svg')"
+    )
+    assert [name for name in seen if name in ("svg", "stacked")] == charts
     browser.run("document.querySelector('[data-view=best]').focus()")
     browser.press("Enter")
     assert browser.run("document.querySelector('[data-view=best]').getAttribute('aria-pressed')") == "true"

@@ -62,6 +62,12 @@ def test_head_is_get_without_the_content(server: RunServer) -> None:
         status, content, headers = ask(server, path, "HEAD")
         expected, whole, _ = ask(server, path)
         assert (status, content, int(headers["content-length"])) == (expected, b"", len(whole))
+        with socket.create_connection(
+            ("127.0.0.1", server.port)
+        ) as connection:  # a client drops what it does not expect
+            connection.sendall(f"HEAD {path} HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+            with connection.makefile("rb") as answer:
+                assert answer.read().partition(b"\r\n\r\n")[2] == b""
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
