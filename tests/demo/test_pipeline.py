@@ -186,16 +186,28 @@ wait
 """
 
 
-# What takes longest is the import: one process does it, and forks a demo for every folder.
+# What takes longest is the import: one process does it, and forks a demo for every folder. In a folder "SIGTERM, early"
+# the signal comes while the launcher is being started.
 DEMOS = """
-import os, sys, threading
+import os, signal, subprocess, sys, threading
 from fastr1.cli import report_errors
 from fastr1.demo.pipeline import _run_to_its_end as run
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        while not os.path.exists("begun"):
+            pass
+        os.kill(os.getpid(), signal.Signals[early])
+
 assert threading.active_count() == 1
 children = {}
 for folder in sys.argv[1:]:
     if (child := os.fork()) == 0:
         os.chdir(folder)
+        early = folder.removesuffix(", early")
+        if early != folder:
+            subprocess.Popen = Interrupted
         open("pid", "w").write(str(os.getpid()))
         sys.exit(report_errors(lambda: run(["sh", "../launcher"], {})))
     children[child] = folder
@@ -206,19 +218,21 @@ while children:
 
 
 def test_a_signal_to_the_demo_alone_ends_its_training_first(tmp_path: Path) -> None:
-    codes = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
+    codes = {"SIGTERM": 143, "SIGHUP": 129, "SIGINT": 130}
+    codes |= {f"{name}, early": code for name, code in codes.items()}
     (tmp_path / "launcher").write_text(LAUNCHER)
-    for number in codes:
-        (tmp_path / number.name).mkdir()
-    command = [sys.executable, "-c", DEMOS, *(number.name for number in codes)]
-    parent = subprocess.Popen(command, cwd=tmp_path, env=child_environment(), preexec_fn=listen)
-    until(lambda: all((tmp_path / number.name / "begun").exists() for number in codes))
-    for number in codes:
-        os.kill(int((tmp_path / number.name / "pid").read_text()), number)
-    assert parent.wait(20) == 0
-    for number, code in codes.items():
-        assert (tmp_path / number.name / "code").read_text() == str(code)
-        assert (tmp_path / number.name / "saved").exists()
+    for name in codes:
+        (tmp_path / name).mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", DEMOS, *codes], cwd=tmp_path, env=child_environment(), preexec_fn=listen
+    )
+    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+        until(lambda name=name: (tmp_path / name / "begun").exists())
+        os.kill(int((tmp_path / name / "pid").read_text()), signal.Signals[name])
+    assert parent.wait(60) == 0
+    for name, code in codes.items():
+        assert (tmp_path / name / "code").read_text() == str(code)
+        assert (tmp_path / name / "saved").exists(), name
 
 
 def test_an_empty_folder_is_used(tmp_path: Path, stages: Stages) -> None:
