@@ -55,9 +55,28 @@ def test_what_lies_beyond_the_lengths_reaches_nothing(backend: Backend, poison: 
 
 def test_queries_may_be_a_slice_of_a_buffer(backend: Backend) -> None:
     state = make_state([2, 1], [5, 6], [2, 3, 1])
-    q = state.tensors[0]
+    q, *rest = map(backend.put, state.tensors)
     buffer = torch.cat([q, q + 1], 1)
-    assert torch.equal(state.with_tensors(q=buffer[:, :4]).attend(backend), state.attend(backend))
+    assert torch.equal(decode_attention(buffer[:, :4], *rest, **state.options), state.attend(backend))
+
+
+def test_a_prompt_writes_its_own_rows_only(kernels: Backend) -> None:
+    # The programs of another prompt may run later or earlier on a GPU: what is written twice would be a matter of luck.
+    from fastr1_kernels.gpu.attention import prefix_kernel
+
+    state = make_state([0, 2, 3], [5, 6, 7], [1] * 5)
+    q, prefix_k, prefix_v, lengths, bounds = map(kernels.put, state.tensors[:5])
+    sums, logs = (
+        torch.full(shape, float("nan"), device=kernels.device) for shape in ((1, *q.shape), (1, *q.shape[:2]))
+    )
+    sizes = {"KV_HEADS": 2, "RATIO": 2, "D": 16, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16}
+    lengths_of = {"stride_qr": q.stride(0), "R": len(q), "P": prefix_k.shape[2], "SPLITS": 1, "TILES": 1}
+    tensors = (q, prefix_k, prefix_v, lengths, bounds, sums, logs)
+    prefix_kernel[(2 * 2,)](*tensors, **lengths_of, log2_scale=1.0, **sizes)  # two prompts of three
+    assert logs[:, :2].isfinite().all()
+    assert sums[:, :2].isfinite().all()
+    assert logs[:, 2:].isnan().all()
+    assert sums[:, 2:].isnan().all()
 
 
 def test_inputs_are_unchanged(backend: Backend) -> None:
