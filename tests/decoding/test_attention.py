@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import Backend
+from conftest import TORCH, Backend
 from decoding_cases import State, make_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastr1_kernels import decode_attention
 
 CASES: dict[str, State] = {
     "full groups, equal lengths": make_state([3, 3], [5, 5], [4] * 6),
@@ -31,6 +35,7 @@ CASES: dict[str, State] = {
     "seven heads to one": make_state([2, 1], [5, 6], [2, 3, 1], heads=(14, 2)),
     "d no power of two": make_state([2, 1], [5, 6], [2, 3, 1], d=24),
     "d larger": make_state([2, 1], [5, 6], [2, 3, 1], d=80),
+    "three tiles": make_state([5, 1, 4], [5, 6, 7], [2, 3, 1, 2, 2, 1, 3, 2, 1, 1], heads=(7, 1)),
     "many places": make_state([2, 1], [67, 131], [70, 33, 64]),
 }
 
@@ -48,6 +53,59 @@ def test_what_lies_beyond_the_lengths_reaches_nothing(backend: Backend, poison: 
     assert torch.equal(clean.attend(backend), dirty.attend(backend))
 
 
+def test_queries_may_be_a_slice_of_a_buffer(backend: Backend) -> None:
+    state = make_state([2, 1], [5, 6], [2, 3, 1])
+    q, *rest = map(backend.put, state.tensors)
+    buffer = torch.cat([q, q + 1], 1)
+    assert torch.equal(decode_attention(buffer[:, :4], *rest, **state.options), state.attend(backend))
+
+
+def test_a_prompt_writes_its_own_rows_only(kernels: Backend) -> None:
+    # The programs of another prompt may run later or earlier on a GPU: what is written twice would be a matter of luck.
+    from fastr1_kernels.gpu.attention import prefix_kernel
+
+    state = make_state([0, 2, 3], [5, 6, 7], [1] * 5)
+    q, prefix_k, prefix_v, lengths, bounds = map(kernels.put, state.tensors[:5])
+    sums, logs = (
+        torch.full(shape, float("nan"), device=kernels.device) for shape in ((1, *q.shape), (1, *q.shape[:2]))
+    )
+    sizes = {"KV_HEADS": 2, "RATIO": 2, "D": 16, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16}
+    lengths_of = {"stride_qr": q.stride(0), "R": len(q), "P": prefix_k.shape[2], "SPLITS": 1, "TILES": 1}
+    tensors = (q, prefix_k, prefix_v, lengths, bounds, sums, logs)
+    prefix_kernel[(2 * 2,)](*tensors, **lengths_of, log2_scale=1.0, **sizes)  # two prompts of three
+    assert logs[:, :2].isfinite().all()
+    assert sums[:, :2].isfinite().all()
+    assert logs[:, 2:].isnan().all()
+    assert sums[:, 2:].isnan().all()
+
+
+def test_inputs_are_unchanged(backend: Backend) -> None:
+    state = make_state([1, 3], [5, 6], [2, 3, 1, 2], padding_rows=1)
+    tensors = tuple(map(backend.put, state.tensors))
+    before = [x.clone() for x in tensors]
+    decode_attention(*tensors, **state.options)
+    for x, y in zip(tensors, before, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+# The interpreter cannot multiply bfloat16.
+@pytest.mark.parametrize("d", [64, 136])
+def test_kernels_of_half_inputs_match_reference(kernels: Backend, d: int) -> None:
+    state = make_state([5, 2], [131, 70], [2, 33, 1, 2, 2, 1, 70], heads=(14, 1), d=d)
+    half = replace(kernels, dtype=torch.float16)
+    got, expected = state.attend(half), state.expected()
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs_in_torch_are_rounded_once(dtype: torch.dtype) -> None:
+    state = make_state([1, 2], [5, 6], [2, 3, 1])
+    got, exact = state.attend(replace(TORCH, dtype=dtype)), state.attend(replace(TORCH, dtype=torch.float32))
+    assert got.dtype == dtype
+    assert torch.equal(got, exact.to(dtype))
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_plain_torch_matches_reference(data: st.DataObject) -> None:
@@ -63,6 +121,4 @@ def test_plain_torch_matches_reference(data: st.DataObject) -> None:
         padding_rows=data.draw(st.integers(0, 2)),
         seed=data.draw(st.integers(0, 99)),
     )
-    from conftest import TORCH
-
     torch.testing.assert_close(state.attend(TORCH), state.expected(), rtol=1e-12, atol=1e-12)

@@ -33,7 +33,7 @@ def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("is_one_buffer", [False, True])
-@pytest.mark.parametrize("lengths", [[2, 2, 2, 2, 2], [0, 3, 4, -1, 1], [4, -1, 9, -7, 4]])
+@pytest.mark.parametrize("lengths", [[2] * 5, [-1] * 5, [0, 3, 4, -1, 1], [4, -1, 9, -7, 4]])
 @pytest.mark.parametrize(("heads", "d"), [((4, 2), 16), ((7, 1), 24), ((2, 2), 10)])
 def test_rotation_matches_transformers(
     backend: Backend, heads: tuple[int, int], d: int, lengths: list[int], is_one_buffer: bool, has_norm: bool
@@ -66,7 +66,7 @@ def test_rotation_matches_transformers(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rotation_of_half_inputs_is_as_near_as_transformers(dtype: torch.dtype) -> None:
+def test_rotation_of_half_inputs_is_rounded_once(dtype: torch.dtype) -> None:
     R, H, Hkv, d, T = 6, 4, 2, 16, 3
     q, k, v = (draw(R, n, d, seed=n + i).to(dtype) for i, n in enumerate((H, Hkv, Hkv)))
     norms = [Qwen3RMSNorm(d).to(dtype) for _ in range(2)]
@@ -79,11 +79,9 @@ def test_rotation_of_half_inputs_is_as_near_as_transformers(dtype: torch.dtype) 
         weights = {"q_norm": norms[0].weight, "k_norm": norms[1].weight}
         got = rope_and_store(q, k, v, cos, sin, positions, *caches, lengths, **weights)
         tables = cos[positions], sin[positions]
-        rotated = apply_rotary_pos_emb(norms[0](q), norms[1](k), *tables)
         exact = apply_rotary_pos_emb(norms[0](q).double(), norms[1](k).double(), *(x.double() for x in tables))
-    for ours, theirs, truth in zip((got, caches[0][:, :, 0]), rotated, exact, strict=True):
-        assert ours.dtype == dtype
-        assert (ours.double() - truth).abs().max() <= (theirs.double() - truth).abs().max()
+    for ours, truth in zip((got, caches[0][:, :, 0]), exact, strict=True):
+        assert torch.equal(ours, truth.to(dtype))
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
