@@ -50,6 +50,10 @@ class DecoderLayout:
     vocab_size: int  # V
     is_head_tied: bool  # the head is the embedding
 
+    def kv_bytes(self, itemsize: int) -> int:
+        """Keys and values of one token in all layers, with so many bytes a number."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
 
 class VideoLanguageModel(nn.Module, ABC):
     """Vision tower → connector → decoder with a head. Symbols: B prompts, G completions each, see `schema`.

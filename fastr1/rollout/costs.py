@@ -45,7 +45,7 @@ class RolloutCosts:
         """Tokens per second, 10⁹ bytes per second that decoding read at least (weights, and the prompts' keys and
         values, once a step), and the share of computed rows that gave no token: padding, and ended completions."""
         layout, size = model.layout, model.dtype.itemsize
-        token_bytes = 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * size
+        token_bytes = layout.kv_bytes(size)
         weights = sum(p.numel() for p in model.decoder.layers.parameters())
         weight_bytes = (weights + layout.vocab_size * layout.hidden_size) * size
         read = self.num_steps * (weight_bytes + sum(self.prompt_lengths) * token_bytes)

@@ -108,7 +108,7 @@ def _draw(
     if params.temperature == 0:
         token = logits.argmax(dim=-1)
     else:
-        no_ids: Any = None  # neither warper looks at the tokens before
+        no_ids: Any = None  # no warper looks at the tokens before
         scaled: Any = logits / params.temperature
         logits = warpers(no_ids, scaled)
         token = (logits + gumbel_noise(row_keys, torch.full_like(row_keys, position), logits.shape[-1])).argmax(dim=-1)

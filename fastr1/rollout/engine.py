@@ -70,9 +70,11 @@ class RolloutEngine:
         self.steps_per_look = steps_per_look or (STEPS_PER_LOOK if on_gpu else 1)
         self.costs = RolloutCosts()
         self.stack = describe_decoder(model.decoder)
+        self.completions: list[Completion] = []
         self.active: list[Completion] = []  # by row
         self.num_rows = 0  # that a step computes; those behind the active ones are padding
         self.num_steps = 0
+        self._replays = False  # steps of this rollout are graphs
         self._arenas: KeyValueArenas | None = None
         self._rows: DecodingRows | None = None
         self.token_step: TokenStep | None = None
@@ -87,7 +89,7 @@ class RolloutEngine:
         seed: int = 0,
         prompt_keys: Sequence[int] | None = None,  # B ids that make draws independent of batching; default 0…B−1
     ) -> Rollout:
-        """G completions for each prompt, rows in prompt-major order; as `eager.sample_completions`."""
+        """G completions for each prompt, rows in prompt-major order; as `eager.sample_eagerly`."""
         embeds = [self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
         positions, first_positions = zip(
             *map(self.model.prompt_positions, prompt_ids, [len(rows) for rows in embeds]), strict=True
@@ -155,7 +157,7 @@ class RolloutEngine:
                 self.stack, self.model, self._rows, self._arenas, self.params, num_positions, end_ids, allowed
             )
         self._rows.start(keys, lengths, first_positions, num_generations)
-        known = getattr(self.token_step, "addresses", None)
+        known = self.token_step.addresses
         self.token_step.refresh(self.stack, num_generations)
         if self.graphs and self.token_step.addresses != known:
             self.graphs.clear()  # what they read has moved

@@ -33,7 +33,7 @@ class RolloutPlan:
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
-        return 2 * self.layout.num_layers * self.layout.num_kv_heads * self.layout.head_dim * self.dtype.itemsize
+        return self.layout.kv_bytes(self.dtype.itemsize)
 
     @property
     def prefix_bytes(self) -> int:

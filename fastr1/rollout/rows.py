@@ -16,6 +16,7 @@ class DecodingRows:
 
     Attributes:
         tokens: (S,) int64, the last token drawn, the next step's input.
+        keys: (S,) int64, of the noise.
         num_drawn: (S,) int64, tokens drawn so far; 0 in a row of padding.
         first_positions: (S,) int64, the position of a completion's first token.
         has_ended: (S,) bool.
@@ -33,7 +34,6 @@ class DecodingRows:
         self.num_drawn = torch.zeros_like(self.tokens)
         self.first_positions = torch.ones_like(self.tokens)
         self.output_rows = torch.full_like(self.tokens, num_completions)
-        self.advance = torch.zeros_like(self.tokens)  # 1; 0 in a row of padding
         self.has_ended = torch.ones(num_completions, dtype=torch.bool, device=device)
         self.cu_rows = torch.zeros(num_prompts + 1, dtype=torch.int32, device=device)
         self.prefix_lengths = torch.zeros(num_prompts, dtype=torch.int32, device=device)
@@ -54,7 +54,6 @@ class DecodingRows:
         self.keys[:n] = keys
         self.first_positions[:n] = self._tensor(first_positions).repeat_interleave(num_generations)
         self.output_rows[:n] = torch.arange(n, device=self.device)
-        self.advance[:n] = 1
         self.has_ended[:n] = False
         self.prefix_lengths.zero_()
         self.prefix_lengths[: len(prompt_lengths)] = self._tensor(prompt_lengths).int()
@@ -79,7 +78,7 @@ class DecodingRows:
 
     def clear(self, first: int) -> None:
         """Make padding of the rows from `first` on."""
-        for state, value in zip(self._states(), (0, 0, 0, 1, self.size, 0, True), strict=True):
+        for state, value in zip(self._states(), (0, 0, 0, 1, self.size, True), strict=True):
             state[first:] = value
 
     def snapshot(self) -> list[torch.Tensor]:
@@ -97,7 +96,6 @@ class DecodingRows:
             self.num_drawn,
             self.first_positions,
             self.output_rows,
-            self.advance,
             self.has_ended,
         )
 

@@ -38,6 +38,7 @@ class TokenStep:
     ) -> None:
         self.model, self.rows, self.arenas, self.params = model, rows, arenas, params
         self.end_ids, self.allowed = end_ids, allowed
+        self.addresses: tuple[int, ...] = ()
         self.cos, self.sin = stack.rotation(num_positions)
 
     def refresh(self, stack: DecoderStack, num_generations: int) -> None:
@@ -119,7 +120,7 @@ class TokenStep:
         rows.lengths.index_add_(0, output_rows, (~has_ended).long())
         rows.tokens[:num_rows] = token
         has_ended |= (token[:, None] == self.end_ids).any(dim=1)
-        drawn += rows.advance[:num_rows]
+        drawn += output_rows < rows.size  # not in a row of padding
 
 
 def _norm(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

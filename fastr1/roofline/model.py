@@ -69,8 +69,7 @@ class ModelShape:
     @property
     def kv_bytes(self) -> int:
         """Keys and values of one token."""
-        layout = self.layout
-        return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * self.dtype_bytes
+        return self.layout.kv_bytes(self.dtype_bytes)
 
     def attention_flops(self, num_pairs: float) -> float:
         """4·d per layer and pair of a query and a key that it sees."""
