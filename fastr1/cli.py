@@ -215,7 +215,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         commands, "demo-data", _demo_data, "write the demo's clips and questions", "--output-dir runs/demo/data"
     )
     data.add_argument("--output-dir", default="runs/demo/data", metavar="DIR", help="default: %(default)s")
-    data.add_argument("--num-train", type=positive, default=480, help="training questions (default: %(default)s)")
+    data.add_argument("--num-train", type=positive, default=1200, help="training questions (default: %(default)s)")
     data.add_argument("--num-test", type=positive, default=150, help="held-out questions (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo = _add(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from fastr1.config import INSTRUCTION
 from fastr1.demo.scenes import KINDS, LETTERS, Scene, ask, render, sample_scene, worked_answer
 
 NUM_COLD_START = 16
+ENCODING = 4  # clips at a time, at most, beside the one that is drawn
 
 
 def write_demo_dataset(
-    output_dir: str | Path, *, num_train: int = 480, num_test: int = 150, seed: int = 0
+    output_dir: str | Path, *, num_train: int = 1200, num_test: int = 150, seed: int = 0
 ) -> dict[str, int]:
     """Write clips and annotation files below `output_dir`; the same seed writes the same pixels and text.
 
@@ -46,25 +49,30 @@ def write_demo_dataset(
 def _write_split(root: Path, split: str, size: int, rng: np.random.Generator) -> list[tuple[dict[str, Any], Scene]]:
     folder = root / "videos" / split
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = []
+    pairs, encoding = [], deque[Future[None]]()
     # Letters are dealt from a shuffled deck: tied to the turn, they would give the answer away unseen.
     letters = rng.permutation(list(LETTERS) * math.ceil(size / len(LETTERS)))
-    for i in tqdm(range(size), desc=f"writing {split} clips", disable=None):
-        turn, kind = divmod(i, len(KINDS))
-        scene = sample_scene(rng, KINDS[kind], answer_index=turn)
-        question = ask(scene, rng, letter=str(letters[i]))
-        name = f"{i:04d}.mp4"
-        fps = int(rng.choice([8, 10, 12, 15]))
-        write_clip(folder / name, render(scene, int(rng.integers(20, 45)), rng), fps)
-        row = {
-            "problem_id": i + 1,
-            "problem": question.problem,
-            "data_type": "video",
-            "problem_type": [scene.kind],
-            "solution": f"<answer>{question.letter}</answer>",
-            "video_filename": f"./videos/{split}/{name}",
-        }
-        pairs.append((row, scene))
+    with ThreadPoolExecutor(1) as pool:
+        for i in tqdm(range(size), desc=f"writing {split} clips", disable=None):
+            turn, kind = divmod(i, len(KINDS))
+            scene = sample_scene(rng, KINDS[kind], answer_index=turn)
+            question = ask(scene, rng, letter=str(letters[i]))
+            name = f"{i:04d}.mp4"
+            fps = int(rng.choice([8, 10, 12, 15]))
+            encoding.append(pool.submit(write_clip, folder / name, render(scene, int(rng.integers(20, 45)), rng), fps))
+            if len(encoding) > ENCODING:
+                encoding.popleft().result()
+            row = {
+                "problem_id": i + 1,
+                "problem": question.problem,
+                "data_type": "video",
+                "problem_type": [scene.kind],
+                "solution": f"<answer>{question.letter}</answer>",
+                "video_filename": f"./videos/{split}/{name}",
+            }
+            pairs.append((row, scene))
+        for clip in encoding:
+            clip.result()
     order = rng.permutation(size)
     return [pairs[i] for i in order]
 

@@ -116,7 +116,6 @@ def render(scene: Scene, num_frames: int, rng: np.random.Generator) -> np.ndarra
     at = np.linspace(0, NUM_MOMENTS - 1, num_frames)
     ground = rng.uniform(20, 90) + rng.normal(0, 6, (FRAME_PX // 8, FRAME_PX // 8)).repeat(8, 0).repeat(8, 1)
     frames = np.repeat(np.broadcast_to(ground[None, ..., None], (1, FRAME_PX, FRAME_PX, 3)), num_frames, axis=0)
-    y, x = np.mgrid[0:FRAME_PX, 0:FRAME_PX] + 0.5
     for shape in scene.shapes:
         for i, moment in enumerate(at):
             colour = shape.colours[round(moment)]
@@ -124,11 +123,15 @@ def render(scene: Scene, num_frames: int, rng: np.random.Generator) -> np.ndarra
                 continue
             low = min(int(moment), NUM_MOMENTS - 2)
             centre = shape.centres[low] + (moment - low) * (shape.centres[low + 1] - shape.centres[low])
+            left, top = np.floor(centre - shape.size_px / 2 - 3).astype(int).clip(0)
+            right, bottom = np.ceil(centre + shape.size_px / 2 + 3).astype(int).clip(0)
+            part = frames[i, top:bottom, left:right]  # beyond it the mask is 0
+            y, x = np.mgrid[top : top + part.shape[0], left : left + part.shape[1]] + 0.5
             mask = _coverage(shape.shape, x - centre[0], y - centre[1], shape.size_px)[..., None]
             rgb = np.array(FLASH_RGB if colour == FLASH else COLOURS[colour])
-            frames[i] = frames[i] * (1 - mask) + rgb * mask
-    noisy = frames + rng.normal(0, 5, frames.shape)
-    return noisy.clip(0, 255).astype(np.uint8)
+            part[:] = part * (1 - mask) + rgb * mask
+    frames += rng.normal(0, 5, frames.shape)
+    return frames.clip(0, 255, out=frames).astype(np.uint8)
 
 
 def _coverage(shape: str, dx: np.ndarray, dy: np.ndarray, size_px: float) -> np.ndarray:
