@@ -57,8 +57,6 @@ class DecoderStack:
     layers: tuple[DecoderLayer, ...]
     norm: Any
     rotary: Any
-    num_heads: int
-    num_kv_heads: int
     head_dim: int
 
     @torch.no_grad()
@@ -115,7 +113,7 @@ def is_of_transformers(module: nn.Module) -> bool:
 
 
 def describe_decoder(decoder: Any) -> DecoderStack:
-    """The stack of a decoder. Raises UnknownDecoderError."""
+    """The stack of a decoder. Raises UnknownDecoderError, for classes, rotations, activations and windows."""
     name = type(decoder).__name__
     _require(name, "the decoder", decoder, _DECODERS)
     config = decoder.config
@@ -125,15 +123,7 @@ def describe_decoder(decoder: Any) -> DecoderStack:
     layers = tuple(_describe_layer(name, i, layer) for i, layer in enumerate(decoder.layers))
     _require(name, "the last norm", decoder.norm, NORMS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DecoderStack(
-        decoder.embed_tokens,
-        layers,
-        decoder.norm,
-        decoder.rotary_emb,
-        config.num_attention_heads,
-        config.num_key_value_heads or config.num_attention_heads,
-        head_dim,
-    )
+    return DecoderStack(decoder.embed_tokens, layers, decoder.norm, decoder.rotary_emb, head_dim)
 
 
 _REMEDY = 'set rollout.backend to "eager"'
