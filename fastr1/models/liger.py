@@ -86,13 +86,13 @@ def use_liger_layers(decoder: nn.Module) -> None:
 
 def unknown_layers(decoder: nn.Module) -> str:
     """What of a decoder keeps Liger's layers from being used, or nothing."""
-    kinds = {type(module).__name__: module for module in decoder.modules()}
+    kinds = {type(module): (type(module).__name__, module) for module in decoder.modules()}
     known = {*NORMS, *MLPS, *ATTENTIONS}
-    layers = [name for name in kinds if name.endswith(("Norm", "MLP", "Attention", "MoeBlock", "Experts"))]
-    strange = [name for name in layers if name not in known or not is_of_transformers(kinds[name])]
+    endings = ("Norm", "MLP", "Attention", "MoeBlock", "Experts")
+    layers = [(name, module) for name, module in kinds.values() if name.endswith(endings)]
+    strange = [name for name, module in layers if name not in known or not is_of_transformers(module)]
     found = [", ".join(strange) + ", not known here"] if strange else []
-    for name in sorted(known & kinds.keys()):
-        module = kinds[name]
+    for name, module in sorted(layers, key=lambda layer: layer[0]):
         if name in MLPS and not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
             found.append(f"an MLP gated by {type(module.act_fn).__name__}, not by SiLU")
         if name in ATTENTIONS and _ROTATION not in type(module).forward.__code__.co_names:
