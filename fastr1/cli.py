@@ -90,6 +90,10 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         metavar="KEY=VALUE",
         help="override one setting, e.g. optim.learning_rate=1e-6; may be repeated",
     )
+
+
+def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of what trains."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -142,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     sft = _add(commands, "sft", _sft, "supervised fine-tuning (cold start)", "--config configs/demo_coldstart.json")
     for parser_ in (train, sft):
         add_config_arguments(parser_)
+        add_dry_run_argument(parser_)
         parser_.add_argument(
             "--num-processes",
             type=positive,

@@ -256,9 +256,8 @@ def _run_kernels() -> list[Check]:
     if not findings:
         reason = done.stderr.strip().splitlines() or [f"no output, exit code {done.returncode}"]
         return [Check("kernels", False, f"did not run: {reason[-1][:200]}", False, remedy)]
-    is_needed = any(
-        found["detail"].startswith("launched") for found in findings
-    )  # on a CPU plain torch does their work
+    # On a CPU plain torch does their work.
+    is_needed = any(found["detail"].startswith("launched") for found in findings)
     return [
         Check(f"kernel {found['name']}", found["ok"], found["detail"], is_needed, "" if found["ok"] else remedy)
         for found in findings

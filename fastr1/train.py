@@ -22,7 +22,7 @@ if not __package__:
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _here]
     sys.path[:0] = [str(_here.parent), str(_here.parent / "kernels")]
 
-from fastr1.cli import add_config_arguments, report_errors, run_config
+from fastr1.cli import add_config_arguments, add_dry_run_argument, report_errors, run_config
 from fastr1.config import load_config
 
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, checks the configuration, then runs its task."""
     parser = argparse.ArgumentParser(prog="train.py", description="Run the task of a configuration: GRPO or SFT.")
     add_config_arguments(parser)
+    add_dry_run_argument(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
     args = parser.parse_args(argv)
     if args.local_rank is not None and args.local_rank >= 0:

@@ -102,13 +102,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["frames", "clip.mp4", "--out", "sheet.png", "--num-frames", "0"],
         ["report", "run", "--port", "x"],
         ["compare"],
+        ["check-data", "--config", "c.json", "--dry-run"],
+        ["doctor", "--dry-run"],
     ],
 )
 def test_wrong_command_lines_exit_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert "positive" not in capsys.readouterr().err
+    assert "positive" not in capsys.readouterr().err  # the name of a function: what argparse says of a bare ValueError
 
 
 def test_our_errors_are_one_line_and_exit_code_two(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
+# Classes of transformers, by what they compute; `liger` exchanges the layers of the same ones.
 _DECODERS = ("Qwen2Model", "Qwen2_5_VLTextModel", "Qwen3Model", "Qwen3VLTextModel", "LlamaModel")
-_NORMS = ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3RMSNorm", "Qwen3VLTextRMSNorm", "LlamaRMSNorm")
-_MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen3VLTextMLP", "LlamaMLP")
-_ATTENTIONS = ("Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "Qwen3VLTextAttention", "LlamaAttention")
+# Normalised in float32, rounded, times the weight.
+NORMS = ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3RMSNorm", "Qwen3VLTextRMSNorm", "LlamaRMSNorm")
+# down(act(gate) · up)
+MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen3VLTextMLP", "LlamaMLP")
+# Projections, norms of the heads where there are any, x·cos + rotate_half(x)·sin, attention, projection.
+ATTENTIONS = ("Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "Qwen3VLTextAttention", "LlamaAttention")
 # Kinds of rotation whose frequencies do not change with the length of the sequence.
 _ROTATIONS = ("default", "linear", "llama3", "yarn")
 
@@ -53,8 +57,6 @@ class DecoderStack:
     layers: tuple[DecoderLayer, ...]
     norm: Any
     rotary: Any
-    num_heads: int
-    num_kv_heads: int
     head_dim: int
 
     @torch.no_grad()
@@ -105,8 +107,13 @@ class SideBySide:
         return F.linear(x, *self._joined).split(self._sizes, dim=1)
 
 
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether the class of a module is one of transformers; others of the same name may compute something else."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
 def describe_decoder(decoder: Any) -> DecoderStack:
-    """The stack of a decoder. Raises UnknownDecoderError."""
+    """The stack of a decoder. Raises UnknownDecoderError, for classes, rotations, activations and windows."""
     name = type(decoder).__name__
     _require(name, "the decoder", decoder, _DECODERS)
     config = decoder.config
@@ -114,17 +121,9 @@ def describe_decoder(decoder: Any) -> DecoderStack:
     if kind not in _ROTATIONS:
         raise UnknownDecoderError(f"{name} rotates by {kind!r}, known are {', '.join(_ROTATIONS)}; {_REMEDY}")
     layers = tuple(_describe_layer(name, i, layer) for i, layer in enumerate(decoder.layers))
-    _require(name, "the last norm", decoder.norm, _NORMS)
+    _require(name, "the last norm", decoder.norm, NORMS)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DecoderStack(
-        decoder.embed_tokens,
-        layers,
-        decoder.norm,
-        decoder.rotary_emb,
-        config.num_attention_heads,
-        config.num_key_value_heads or config.num_attention_heads,
-        head_dim,
-    )
+    return DecoderStack(decoder.embed_tokens, layers, decoder.norm, decoder.rotary_emb, head_dim)
 
 
 _REMEDY = 'set rollout.backend to "eager"'
@@ -133,12 +132,12 @@ _REMEDY = 'set rollout.backend to "eager"'
 def _describe_layer(decoder: str, index: int, layer: Any) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     where = f"{decoder} layer {index}"
-    _require(where, "attention", attention, _ATTENTIONS)
-    _require(where, "the MLP", mlp, _MLPS)
+    _require(where, "attention", attention, ATTENTIONS)
+    _require(where, "the MLP", mlp, MLPS)
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm]
     for norm in norms:
-        _require(where, "a norm", norm, _NORMS)
+        _require(where, "a norm", norm, NORMS)
     if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
         raise UnknownDecoderError(f"{where} gates by {type(mlp.act_fn).__name__}, known is SiLU; {_REMEDY}")
     if getattr(attention, "sliding_window", None) is not None:
@@ -160,7 +159,7 @@ def _describe_layer(decoder: str, index: int, layer: Any) -> DecoderLayer:
 
 
 def _require(where: str, what: str, module: nn.Module, known: tuple[str, ...]) -> None:
-    if type(module).__name__ not in known:
-        raise UnknownDecoderError(
-            f"{where}: {what} is {type(module).__name__}, known are {', '.join(known)}; {_REMEDY}"
-        )
+    kind = type(module)
+    if kind.__name__ not in known or not is_of_transformers(module):
+        name = kind.__name__ if kind.__name__ not in known else f"{kind.__name__} of {kind.__module__}"
+        raise UnknownDecoderError(f"{where}: {what} is {name}, known are {', '.join(known)} of transformers; {_REMEDY}")

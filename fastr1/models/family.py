@@ -139,7 +139,10 @@ class VideoLanguageModel(nn.Module, ABC):
         return (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
     def prompt_positions(self, prompt_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:
-        """Where the rollout puts a prompt of `num_tokens` tokens, those of its video included.
+        """Where the rollout engine puts a prompt of `num_tokens` tokens, those of its video included.
+
+        Only the engine asks: training passes and the plain loop count from 0 on one axis, so a family that overrides
+        this trains on other positions than it samples at.
 
         Returns: the positions of its tokens, (L,) int64, or (3, L) where the decoder has them in time, height and
             width; and the position of the first token of a completion, from which the others count on.

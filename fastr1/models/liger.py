@@ -22,10 +22,8 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from fastr1.config import ConfigError
+from fastr1.models.decoder_stack import ATTENTIONS, MLPS, NORMS, is_of_transformers
 
-_NORMS = ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3RMSNorm", "Qwen3VLTextRMSNorm", "LlamaRMSNorm")
-_MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen3VLTextMLP", "LlamaMLP")
-_ATTENTIONS = ("Qwen2Attention", "Qwen2_5_VLAttention", "Qwen3Attention", "Qwen3VLTextAttention", "LlamaAttention")
 _ROTATION = "apply_rotary_pos_emb"
 
 logger = logging.getLogger(__name__)
@@ -78,32 +76,28 @@ def use_liger_layers(decoder: nn.Module) -> None:
         )
     for module in decoder.modules():
         name = type(module).__name__
-        if name in _NORMS:
+        if name in NORMS:
             module.forward = MethodType(_norm, module)
-        elif name in _MLPS:
+        elif name in MLPS:
             module.forward = MethodType(_mlp, module)
-        elif name in _ATTENTIONS:
+        elif name in ATTENTIONS:
             module.forward = MethodType(_with_rotation(type(module).forward), module)
 
 
 def unknown_layers(decoder: nn.Module) -> str:
     """What of a decoder keeps Liger's layers from being used, or nothing."""
-    kinds = {type(module).__name__: module for module in decoder.modules()}
-    known = {*_NORMS, *_MLPS, *_ATTENTIONS}
-    layers = [name for name in kinds if name.endswith(("Norm", "MLP", "Attention", "MoeBlock", "Experts"))]
-    strange = [name for name in layers if name not in known or not _is_of_transformers(kinds[name])]
+    kinds = {type(module): (type(module).__name__, module) for module in decoder.modules()}
+    known = {*NORMS, *MLPS, *ATTENTIONS}
+    endings = ("Norm", "MLP", "Attention", "MoeBlock", "Experts")
+    layers = [(name, module) for name, module in kinds.values() if name.endswith(endings)]
+    strange = [name for name, module in layers if name not in known or not is_of_transformers(module)]
     found = [", ".join(strange) + ", not known here"] if strange else []
-    for name in sorted(known & kinds.keys()):
-        module = kinds[name]
-        if name in _MLPS and not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+    for name, module in sorted(layers, key=lambda layer: layer[0]):
+        if name in MLPS and not isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
             found.append(f"an MLP gated by {type(module.act_fn).__name__}, not by SiLU")
-        if name in _ATTENTIONS and _ROTATION not in type(module).forward.__code__.co_names:
+        if name in ATTENTIONS and _ROTATION not in type(module).forward.__code__.co_names:
             found.append(f"{name} without {_ROTATION}, as another version of transformers has it")
     return " and ".join(found) if layers else "no layer that is known here"
-
-
-def _is_of_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.models.")
 
 
 def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

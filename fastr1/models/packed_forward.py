@@ -3,7 +3,8 @@
 The attention layers look up a function by the name in the model's configuration. `forward_packed` puts "packed|NAME"
 where NAME was configured, for good: the function of that name computes packed attention where the call came with a
 `packed_layout`, and what NAME computes where not. Nothing is switched back, so a layer that gradient checkpointing
-computes again in the backward finds what it found in the forward, and rollout and evaluation go on to use NAME.
+computes again in the backward finds what it found in the forward, and every other call (the plain loop of the rollout)
+goes on to use NAME.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from fastr1.reporting.run_charts import metric_title
 from fastr1.reporting.run_log import RunLogError
 from fastr1.reporting.settings import SEED, differing, flatten, identity
 
-COMPARE_FILE = "compare.html"
 MAX_CHARTS = 60
 # what a page of several runs shows first; the other metrics follow by name
 _FIRST = (

@@ -1,4 +1,4 @@
-"""What a rollout took: times, tokens, and the bytes that its steps had to read at least."""
+"""What a rollout took: times, tokens, and about how many bytes its steps read."""
 
 from __future__ import annotations
 
@@ -42,8 +42,13 @@ class RolloutCosts:
         self.read_suffix_tokens += num_rows * suffix_length
 
     def metrics(self, model: VideoLanguageModel, num_tokens: int, graphs: StepGraphs | None) -> dict[str, float]:
-        """Tokens per second, 10⁹ bytes per second that decoding read at least (weights, and the prompts' keys and
-        values, once a step), and the share of computed rows that gave no token: padding, and ended completions."""
+        """Tokens per second; 10⁹ bytes per second that decoding read; and the share of computed rows that gave no
+        token: padding, and ended completions.
+
+        The bytes of a step are those of the weights, of all prompts' keys and values, once each, and of every computed
+        row's own. It is too much where all completions of a prompt have ended and for rows of padding, too little where
+        a group takes several tiles of the kernel.
+        """
         layout, size = model.layout, model.dtype.itemsize
         token_bytes = layout.kv_bytes(size)
         weights = sum(p.numel() for p in model.decoder.layers.parameters())

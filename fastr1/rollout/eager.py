@@ -41,8 +41,8 @@ def sample_eagerly(
 ) -> Rollout:
     """G completions for each prompt, rows in prompt-major order.
 
-    Returns `sampler_logps` under the distribution that was sampled from (after temperature, top-k and top-p; the plain
-    softmax when greedy). A completion ends with any of the processor's end tokens.
+    Returns `sampler_logps` under the distribution that was sampled from (after temperature, top-k, top-p and min-p; the
+    plain softmax when greedy). A completion ends with any of the processor's end tokens, or with a stop string.
     """
     embeds, prompt_mask = model.embed_prompts(prompt_ids, visual_tokens)
     cache, hidden = model.prefill(embeds, prompt_mask, num_generations)

@@ -4,8 +4,8 @@
     suffix   (layers, S, Hkv, T, d)   written in place, a token at a time; row r belongs to the r-th row that decodes
 
 Nothing is concatenated or repeated. When completions have ended, the rows of the others move to the front
-(`SuffixRows.keep`), so that the rows that decode are always the first ones. Bytes, with e per number:
-2 · layers · Hkv · d · e · (B·P + S·T).
+(`KeyValueArenas.keep` after `DecodingRows.keep`), so that the rows that decode are always the first ones. Bytes, with e
+per number: 2 · layers · Hkv · d · e · (B·P + S·T).
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ class PrefixWriter:
     def __init__(self, arenas: KeyValueArenas, prompt_lengths: Sequence[int], first: int = 0) -> None:
         self._arenas = arenas
         self._lengths = list(prompt_lengths)
-        self._first = first  # number of the first of these prompts
+        self._first = first  # place in the arena of the first of these prompts
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Of what came before: nothing."""
         return 0
 
     def update(
@@ -79,6 +80,7 @@ class PrefixWriter:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the L tokens of all prompts of this pass; both come back as they are."""
         for new, arena in ((key, self._arenas.prefix_k), (value, self._arenas.prefix_v)):
             for prompt, part in enumerate(new[0].split(self._lengths, dim=1), self._first):
                 arena[layer_idx][prompt, :, : part.shape[1]] = part

@@ -82,7 +82,7 @@ class RolloutPlan:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated; None where the system does not say."""
+    """Bytes that can still be allocated; None where the system does not say."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved

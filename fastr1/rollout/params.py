@@ -31,7 +31,7 @@ def find_stop(
     num_checked: int,  # of its tokens, in whose text there is none
     stop_strings: Sequence[str],
 ) -> int | None:
-    """How many tokens a completion has when the first stop string is in its text; None while there is none."""
+    """How many of its tokens a completion needs to have a stop string in its text, the fewest; None: no string yet."""
     for length in range(num_checked + 1, len(token_ids) + 1):
         text = decode(token_ids[:length])
         if any(stop in text for stop in stop_strings):

@@ -70,22 +70,23 @@ class DecodingRows:
         return kept
 
     def group(self, sizes: Sequence[int]) -> None:
-        """Rows of each prompt in turn."""
+        """Set `cu_rows` from the number of rows of each prompt; prompts behind the last have none."""
         ends = torch.zeros(len(self.cu_rows), dtype=torch.int64)
         ends[1 : len(sizes) + 1] = torch.tensor(list(sizes)).cumsum(0)
         ends[len(sizes) + 1 :] = sum(sizes)
         self.cu_rows.copy_(ends)
 
     def clear(self, first: int) -> None:
-        """Make padding of the rows from `first` on."""
+        """Make padding of the rows from `first` on: no token drawn, position 1 + 0 − 1 = 0, output nobody reads."""
         for state, value in zip(self._states(), (0, 0, 0, 1, self.size, True), strict=True):
             state[first:] = value
 
     def snapshot(self) -> list[torch.Tensor]:
-        """Copies of everything that a step writes, for `restore`."""
+        """Copies of everything that a step or `clear` writes, and of `cu_rows`, for `restore`."""
         return [state.clone() for state in self._all()]
 
     def restore(self, copies: Sequence[torch.Tensor]) -> None:
+        """Write a `snapshot` back, every tensor where it is."""
         for state, copy in zip(self._all(), copies, strict=True):
             state.copy_(copy)
 

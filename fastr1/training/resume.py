@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.num_decode_threads",
     "reward.num_workers",
+    "rollout.keep_arenas",
 )
 # Only the length of the run: nothing before its end depends on it unless the learning rate does.
 _LENGTH = ("optim.max_steps", "optim.num_train_epochs")

@@ -252,6 +252,14 @@ def test_what_is_not_known_is_refused_by_name_and_left_as_it_is(
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_layer_of_a_known_name_that_is_not_of_transformers_is_refused() -> None:
+    """Also where the layers behind it are of transformers."""
+    decoder = build("qwen2")
+    decoder.layers[0].mlp.__class__ = type("Qwen2MLP", (type(decoder.layers[0].mlp),), {"__module__": __name__})
+    with pytest.raises(ConfigError, match="Qwen2Model has Qwen2MLP, not known here"):
+        use_liger_layers(decoder)
+
+
 def test_an_attention_that_rotates_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = build("qwen2")
     monkeypatch.setattr(type(decoder.layers[0].self_attn), "forward", lambda self, *args, **kwargs: None)

@@ -29,6 +29,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeModel,
 )
+from transformers.models.qwen2 import modeling_qwen2
 
 from fastr1.models.decoder_stack import UnknownDecoderError, describe_decoder
 from fastr1.rollout import RolloutEngine
@@ -258,3 +259,18 @@ def test_a_decoder_of_a_class_of_its_own_is_refused() -> None:
 
     with pytest.raises(UnknownDecoderError, match="Scaled"):
         describe_decoder(bare(Scaled, Qwen2Config))
+
+
+def test_a_module_of_a_known_name_that_is_not_of_transformers_is_refused() -> None:
+    """Code that comes with a checkpoint takes over names, and changes what they do."""
+
+    class Qwen2MLP(modeling_qwen2.Qwen2MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    decoder = qwen2()
+    decoder.layers[1].mlp = Qwen2MLP(decoder.config)
+    with pytest.raises(
+        UnknownDecoderError, match="layer 1: the MLP is Qwen2MLP of test_architectures, known are Qwen2MLP"
+    ):
+        describe_decoder(decoder)

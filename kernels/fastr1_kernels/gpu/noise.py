@@ -11,9 +11,8 @@ import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_W = tl.constexpr(1 - 2.0**-24)
-SERIES = tl.constexpr(
-    0.03125
-)  # w below which -log(1 - w) is summed: the logarithm of a number near 1 has lost w's digits
+# w below which -log(1 - w) is summed: the logarithm of a number near 1 has lost w's digits.
+SERIES = tl.constexpr(0.03125)
 
 
 @triton.jit

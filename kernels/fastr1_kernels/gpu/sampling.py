@@ -29,9 +29,8 @@ from .row_passes import LANE, LN_2, LOG2_E, LOWEST, add_block, lane_columns, row
 from .rows import grid_arguments, row_kernel, row_width
 
 NO_COLUMN = tl.constexpr(2**31 - 1)
-STATE = tl.constexpr(
-    5
-)  # numbers that a program leaves of its part of a row: m and S of all and of the kept columns, the best score
+# Numbers that a program leaves of its part of a row: m and S of all and of the kept columns, the best score.
+STATE = tl.constexpr(5)
 MAX_SPLITS = tl.constexpr(32)
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
