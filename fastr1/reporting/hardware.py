@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 HARDWARE_FILE = "hardware.json"
 
 
 def describe_hardware() -> dict[str, Any]:
     """What this process computes on: device, cores it may use, threads and version of torch."""
+    import torch  # seconds and 200 MB, and the page that reads the file needs none
+
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -6,6 +6,8 @@ import base64
 import html
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,11 @@ def test_hardware_is_what_the_training_wrote_down(tmp_path: Path) -> None:
         (run / "hardware.json").write_text(json.dumps(content))
         found = dict(facts(read_run(run)))
         assert (found["hardware"], found["torch"]) == (expected, "2.13")
+
+
+def test_a_page_needs_no_torch() -> None:
+    code = "import sys, fastr1.reporting.compare, fastr1.reporting.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_headline_takes_the_best_source_there_is(tmp_path: Path) -> None:

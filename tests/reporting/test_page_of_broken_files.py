@@ -78,3 +78,17 @@ def test_bytes_of_any_kind_give_a_page_that_tells_of_them(whole: Path, tmp_path:
             content.startswith(b'{"') and file.name in ("config.json", "hardware.json", "summary.json")
         ):
             assert f"{file.name}" in page.partition("<main")[0], file
+
+
+@pytest.mark.parametrize("step", [-1, 10**30, 2.5, True, None])
+def test_a_row_of_no_update_is_left_out_and_told(whole: Path, tmp_path: Path, step: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for name in ("metrics", "rollouts"):
+        first, *others = (run / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        row = json.dumps({**json.loads(first), "step": step}) + "\n"
+        (run / f"{name}.jsonl").write_text("".join([*others, row]))
+        found = read_run(run)
+        assert found.last_step == 20
+        assert any(note.startswith(f"{name}.jsonl: line ") for note in found.notes)
+    assert "</html>" in build_page(found)
