@@ -15,10 +15,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import ConfigError, DataConfig, TrainConfig, config_to_dict, find_config, load_config
+from fastr1.config import ConfigError, DataConfig, RunConfig, TrainConfig, config_to_dict, find_config, load_config
 from fastr1.evaluation.arguments import (
     add_chat_arguments,
     add_eval_arguments,
@@ -273,7 +274,14 @@ def _eval(args: argparse.Namespace) -> int:
     from fastr1.evaluation.checkpoint import evaluate_checkpoint
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    result = evaluate_checkpoint(**what_to_ask(args))
+    options = what_to_ask(args)
+    if args.frames is not None:
+        if not (Path(args.frames) / "config.json").is_file():
+            raise ConfigError(f"--frames is {args.frames}, which holds no config.json: give the folder of a run")
+        from fastr1.reporting.frames import recording
+
+        options["recording"] = partial(recording, args.frames, RunConfig.report_frames, args.video_root)
+    result = evaluate_checkpoint(**options)
     print(json.dumps(result, indent=2))
     return 0
 

@@ -16,16 +16,19 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastr1.config import PACKAGE, Control, load_config, save_config, shipped_configs
+from fastr1.config import PACKAGE, Control, RunConfig, load_config, save_config, shipped_configs
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluation.checkpoint import evaluate_checkpoint
 from fastr1.reporting.curves import SUMMARY_FILE, write_report
+from fastr1.reporting.frames import recording
+from fastr1.reporting.hardware import describe_hardware
 from fastr1.reporting.page import write_page
 from fastr1.reporting.read_run import EVALUATION_DIR
 from fastr1.reporting.run_log import METRICS_FILE, read_rows
@@ -69,7 +72,8 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
     then = [f"data.train_file={data / 'train.jsonl'}", f"data.eval_file={data / 'test.jsonl'}"]
     then += [f"model.path={cold_start / 'final'}", f"run.output_dir={grpo}"]
     timed("grpo", launch, GRPO_CONFIG, [*shared, *then, *shortened])
-    after = timed("evaluate_after", _evaluate, root, grpo / "final")
+    frames = partial(recording, grpo, RunConfig.report_frames, data)
+    after = timed("evaluate_after", _evaluate, root, grpo / "final", recording=frames)
     controls = {
         control: timed(f"evaluate_{control}", _evaluate, root, grpo / "final", control=control)
         for control in SHOWN_INSTEAD
@@ -135,10 +139,7 @@ def _conditions() -> dict[str, Any]:
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **describe_hardware(),
     }
 
 
@@ -210,7 +211,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _evaluate(root: Path, model: Path, *, control: Control | None = None) -> dict[str, float]:
+def _evaluate(root: Path, model: Path, *, control: Control | None = None, **others: Any) -> dict[str, float]:
     config = load_config(shipped_configs()[GRPO_CONFIG])
     name = f"{model.parent.name}{f'_{control}' if control else ''}.json"
     return evaluate_checkpoint(
@@ -221,6 +222,7 @@ def _evaluate(root: Path, model: Path, *, control: Control | None = None) -> dic
         max_completion_length=config.grpo.max_completion_length,
         control=control,
         output=root / "evaluation" / name,
+        **others,
     )
 
 

@@ -49,6 +49,9 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-processes", type=positive, default=1, help="one per GPU, or any number on a CPU (default: %(default)s)"
     )
     parser.add_argument("--output", metavar="JSON", help="also write the result, with every completion, to this file")
+    parser.add_argument(
+        "--frames", metavar="RUN_DIR", help="also write the frames of the clips into this run folder, for its page"
+    )
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,8 @@ import pickle
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,16 @@ from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
 from fastr1.evaluation.recorded import data_settings
 from fastr1.models import load_model, load_processor, parse_device
-from fastr1.schema import Answer, DataError, Sample
+from fastr1.schema import Answer, Clip, DataError, Sample
+
+NoteClip = Callable[[Sample, Clip], None]
+Recording = Callable[[int, int], AbstractContextManager[NoteClip]]  # of a rank and their number
 
 logger = logging.getLogger(__name__)
+
+
+def _nothing_noted(rank: int, num_processes: int) -> AbstractContextManager[NoteClip]:
+    return contextlib.nullcontext(lambda sample, clip: None)
 
 
 def evaluate_checkpoint(
@@ -57,6 +65,7 @@ def evaluate_checkpoint(
     device: str | None = None,
     num_processes: int = 1,
     output: str | Path | None = None,
+    recording: Recording = _nothing_noted,
 ) -> dict[str, float]:
     """Load a model, answer the questions of a file and return the rates of `summarise_answers`.
 
@@ -69,6 +78,7 @@ def evaluate_checkpoint(
         max_bad_fraction: with "skip", stop when more than this share of the questions is left out.
         num_processes: one per GPU, or any number on a CPU. The answers do not depend on it.
         output: write the summary, every answer and what was left out there as JSON.
+        recording: opened by every process with its rank and their number; is given every clip.
     """
     asked = data_settings(
         model_path, num_frames=num_frames, max_frames=max_frames, instruction=instruction, backend=backend
@@ -82,6 +92,7 @@ def evaluate_checkpoint(
         _devices(device, num_processes),
         batch_size,
         {"max_completion_length": max_completion_length, "temperature": temperature, "top_p": top_p, "seed": seed},
+        recording,
     )
     evaluator = job.build_evaluator()
     if num_processes == 1:
@@ -116,6 +127,7 @@ class _Job:
     devices: list[torch.device]  # one per process
     batch_size: int
     sampling: dict[str, Any]
+    recording: Recording = _nothing_noted
 
     def build_evaluator(self) -> Evaluator:
         processor = load_processor(self.model_path)
@@ -127,7 +139,9 @@ class _Job:
 
     def answer_share(self, evaluator: Evaluator, rank: int) -> tuple[list[Answer], list[BadRow]]:
         model = load_model(self.model_path, dtype=self.dtype, device=self.devices[rank])
-        answered = evaluator.answer(model, share=self.share(len(evaluator.samples), rank), control=self.control)
+        share = self.share(len(evaluator.samples), rank)
+        with self.recording(rank, len(self.devices)) as note_clip:
+            answered = evaluator.answer(model, share=share, control=self.control, note_clip=note_clip)
         assert answered is not None
         return answered
 

@@ -149,7 +149,7 @@ CONTROLS: dict[Control, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def summarise_answers(answers: Sequence[Answer], num_rows: int | None = None) -> dict[str, float]:
     """`accuracy` and beside it `strict_accuracy`, `format_rate`, `unparsable_rate`, mean `completion_length`, and
-    `accuracy/<problem type>`.
+    `accuracy/<problem type>`, `strict_accuracy/<problem type>` where there are several.
 
     `accuracy` is lenient: the right letter is found in the answer. Strict: and the completion is well formed.
     All over `num_questions`, those that were answered; `num_left_out` is how many of `num_rows` were not.
@@ -170,9 +170,11 @@ def summarise_answers(answers: Sequence[Answer], num_rows: int | None = None) ->
         "num_questions": float(total),
         "num_left_out": float((total if num_rows is None else num_rows) - total),
     }
-    kinds: dict[str, list[Any]] = {}
+    kinds: dict[str, list[Answer]] = {}
     for answer in answers:
-        kinds.setdefault(answer.problem_type, []).append(answer.is_correct)
-    if len(kinds) > 1:
-        summary.update({f"accuracy/{kind}": sum(right) / len(right) for kind, right in sorted(kinds.items())})
+        kinds.setdefault(answer.problem_type, []).append(answer)
+    by_kind = sorted(kinds.items()) if len(kinds) > 1 else []
+    summary |= {f"accuracy/{kind}": sum(a.is_correct for a in alike) / len(alike) for kind, alike in by_kind}
+    for kind, alike in by_kind:
+        summary[f"strict_accuracy/{kind}"] = sum(a.is_correct and a.is_well_formed for a in alike) / len(alike)
     return summary

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fastr1.reporting.held_out import AFTER, BEFORE, OUTCOMES, Pair
-from fastr1.reporting.read_run import Run, Sheet
+from fastr1.reporting.read_run import MAX_CHARS, Run, Sheet, cut
 from fastr1.reporting.rollout_picks import Group
 
 GROUP_BYTES, PAIR_BYTES, SHEET_BYTES = 4_000_000, 2_000_000, 7_000_000
-MAX_CHARS = 20_000  # of one text
 _PIECES = re.compile(r"<think>(?P<think>.*?)(?:</think>|\Z)|<answer>(?P<answer>.*?)(?:</answer>|\Z)", re.DOTALL)
 _OPTION = re.compile(r"^\(?([A-Z])[.):]")
 
@@ -27,7 +26,7 @@ Context = dict[str, Any]
 class Budget:
     """Bytes that may still be written."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: float) -> None:
         self._left = size
         self.num_refused = 0
 
@@ -42,8 +41,8 @@ class Budget:
 class Sheets:
     """The contact sheets of a page, each once."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._budget = run, Budget(SHEET_BYTES)
+    def __init__(self, run: Run, share: float = 1.0) -> None:
+        self._run, self._budget = run, Budget(share * SHEET_BYTES)
         self.content: dict[str, str] = {}  # name → base64 of the JPEG
         self._missing: set[Path] = set()
         self._num_wanted = 0
@@ -108,7 +107,7 @@ def group_views(run: Run, sheets: Sheets, budget: Budget) -> list[Context]:
 def _group_view(group: Group, views: list[str]) -> Context:
     first = group.rows[0]
     completions = [_completion_view(row) for row in group.rows]
-    size = 1500 + _size(first["question"]) + sum(900 + 2 * _size(row["completion"][:MAX_CHARS]) for row in group.rows)
+    size = 1500 + _size(first["question"]) + sum(900 + 2 * _size(row["completion"]) for row in group.rows)
     return {
         "views": views,
         "step": group.step,
@@ -125,10 +124,9 @@ def _group_view(group: Group, views: list[str]) -> Context:
 
 
 def _completion_view(row: Context) -> Context:
-    text, num_cut = cut(row["completion"])
     return {
-        **_text_view(text),
-        "num_cut": num_cut,
+        **_text_view(row["completion"]),
+        "num_cut": row["num_cut"],
         "reward": row["reward"],
         "parts": {name: value for name, value in row["rewards"].items() if isinstance(value, (int, float))},
         "advantage": row["advantage"],
@@ -138,9 +136,9 @@ def _completion_view(row: Context) -> Context:
     }
 
 
-def pair_views(run: Run, pairs: Sequence[Pair], sheets: Sheets) -> list[Context]:
+def pair_views(run: Run, pairs: Sequence[Pair], sheets: Sheets, budget: Budget) -> list[Context]:
     """What changed comes first, so that a full page keeps it."""
-    budget, shown = Budget(PAIR_BYTES), []
+    shown = []
     order = list(OUTCOMES)
     for pair in sorted(pairs, key=lambda pair: order.index(pair.outcome)):
         answers = [{"when": when, **_answer_view(row)} for when, row in ((BEFORE, pair.before), (AFTER, pair.after))]
@@ -205,11 +203,6 @@ def split_completion(text: str) -> list[tuple[str, str]]:
     return [(kind, piece.strip()) for kind, piece in pieces if piece.strip() or kind != "outside"]
 
 
-def cut(text: str) -> tuple[str, int]:
-    """The first `MAX_CHARS`, and how many characters that leaves out."""
-    return text[:MAX_CHARS], max(0, len(text) - MAX_CHARS)
-
-
 def _size(text: str) -> int:
     """Bytes it takes in the page."""
-    return len(escape(text).encode("utf-8"))
+    return len(escape(text).encode("utf-8", "replace"))

@@ -16,6 +16,7 @@ import numpy as np
 from fastr1.reporting.curves import Series, smooth
 
 MAX_POINTS = 300
+MAX_LINES = 24  # of a chart
 WIDTH, HEIGHT = 460, 210  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 22  # margins
 FEW_POINTS = 60  # up to here, points that were measured now and then are marked
@@ -53,7 +54,9 @@ def layout(chart: Chart, identifier: str, steps: tuple[int, int] | None = None) 
     """What the template writes: paths, ticks, legend, and the values that a page shows under the pointer. `steps` are
     the first and last of the axis, the same for all charts of a page; None: those of the lines."""
     lines = [line for line in chart.lines if np.isfinite(line.points[1]).any()]
-    drawn: dict[str, Any] = {"id": identifier, "title": chart.title, "unit": chart.unit, "hint": chart.hint}
+    lines, num_more = lines[:MAX_LINES], max(0, len(lines) - MAX_LINES)
+    hint = f"{chart.hint} {num_more} further lines are left out." if num_more else chart.hint
+    drawn: dict[str, Any] = {"id": identifier, "title": chart.title, "unit": chart.unit, "hint": hint}
     drawn |= {"is_empty": not lines, "empty": chart.empty, "lines": [], "levels": [], "data": []}
     if not lines:
         return drawn

@@ -7,7 +7,8 @@ are the mean and the range.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from fastr1.reporting.charts import Chart, Line, format_number, layout
 from fastr1.reporting.curves import Series
-from fastr1.reporting.page import headline, render, training_seconds
+from fastr1.reporting.page import first_notes, headline, render, training_seconds, write_text
 from fastr1.reporting.read_run import Run, read_run
 from fastr1.reporting.run_charts import metric_title
 from fastr1.reporting.run_log import RunLogError
@@ -41,18 +42,19 @@ class RunSet:
 def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     """Writes one page of several runs and returns its path.
 
-    Raises: RunLogError when one of them is not the folder of a run, or has no numbers yet.
+    Raises: RunLogError when one of them is not the folder of a run, has no numbers yet, or is named twice.
     """
+    places = [Path(folder).resolve() for folder in run_dirs]
+    for folder, place in zip(run_dirs, places, strict=True):
+        if places.count(place) > 1:
+            raise RunLogError(f"{folder} is named twice, and would count twice in a mean; name every run once")
     runs = [read_run(folder, with_rollouts=False) for folder in run_dirs]
     for run in runs:
         if not run.series:
             raise RunLogError(
                 f"{run.folder} has no rows of metrics.jsonl to compare; leave it out, or wait for the first"
             )
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(build_comparison(runs), encoding="utf-8")
-    return target
+    return write_text(Path(output), build_comparison(runs), "--out")
 
 
 def build_comparison(runs: Sequence[Run]) -> str:
@@ -65,7 +67,7 @@ def build_comparison(runs: Sequence[Run]) -> str:
         title="Runs beside each other",
         version=None,
         sets=[_set_view(place, found) for place, found in enumerate(sets)],
-        notes=[f"{run.name}: {note}" for run in runs for note in run.notes if "contact sheet" not in note],
+        notes=first_notes([*_repeated_seeds(sets), *(f"{run.name}: {note}" for run in runs for note in run.notes)]),
         rows=_final_rows(sets),
         settings=differing([run.config for run in runs]),
         names=_names(runs),
@@ -136,14 +138,24 @@ def merge(series: Sequence[Series]) -> tuple[Series, tuple[np.ndarray, np.ndarra
     return (steps, table.mean(axis=0)), (table.min(axis=0), table.max(axis=0))
 
 
+def _seeds(found: RunSet) -> list[str]:
+    return [str(flatten(run.config).get(SEED, "?")) for run in found.runs]
+
+
+def _repeated_seeds(sets: Sequence[RunSet]) -> Iterator[str]:
+    for found in sets:
+        for seed, number in Counter(_seeds(found)).items():
+            if number > 1:
+                yield f"{found.label}: {number} runs have the seed {seed}; the mean counts each of them."
+
+
 def _set_view(place: int, found: RunSet) -> dict[str, Any]:
-    seeds = [str(flatten(run.config).get(SEED, "?")) for run in found.runs]
     states = ["finished" if run.is_finished else f"update {run.last_step}, not finished" for run in found.runs]
     folders = [str(run.folder) for run in found.runs]
     return {
         "label": found.label,
         "color": place,
-        "seeds": ", ".join(seeds),
+        "seeds": ", ".join(_seeds(found)),
         "runs": list(zip(folders, states, strict=True)),
     }
 
@@ -165,7 +177,13 @@ def _final_rows(sets: Sequence[RunSet]) -> list[tuple[str, list[str]]]:
     table = [
         (name, [_spread([pick(run) for run in found.runs], name) for found in sets]) for name, pick in rows.items()
     ]
+    table.insert(2, ("accuracy of", ["; ".join(dict.fromkeys(map(_measured_on, found.runs))) for found in sets]))
     return [(name, texts) for name, texts in table if any(text != "–" for text in texts)]
+
+
+def _measured_on(run: Run) -> str:
+    found = headline(run)
+    return "–" if found is None else f"{found['of']}, {found['when']}"
 
 
 def _spread(values: Sequence[float | None], name: str) -> str:

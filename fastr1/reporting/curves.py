@@ -60,16 +60,19 @@ def draw_report(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(12, 7.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display, whatever the user's matplotlib settings
     axes = figure.subplots(2, 2)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.suptitle(_plain(title), fontsize=14, fontweight="bold")
     _draw_reward(axes[0, 0], series)
     _draw_length(axes[0, 1], series)
     _draw_kl(axes[1, 0], series)
     _draw_accuracy(axes[1, 1], series, accuracy)
-    figure.savefig(str(target), metadata=dict(metadata or {}))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(str(target), metadata=dict(metadata or {}))
+    except OSError as error:
+        raise ReportError(f"{target} cannot be written ({error.strerror}); choose another place") from error
 
 
 def merge_runs(runs: Sequence[Mapping[str, Series]]) -> dict[str, Series]:
@@ -171,24 +174,29 @@ def _draw_kl(axes: Axes, series: Mapping[str, Series]) -> None:
 
 def _draw_accuracy(axes: Axes, series: Mapping[str, Series], fixed: Mapping[str, float]) -> None:
     train = sorted(name for name in series if name.startswith("rewards/") and "accuracy" in name)
-    held_out = sorted(name for name in series if name.startswith("eval/") and "accuracy" in name)
+    held_out = [name for name in sorted(series) if name == "eval/strict_accuracy" or name.startswith("eval/accuracy")]
     for name, color in zip(train, cycle(_COLORS), strict=False):
         _draw_line(axes, _percent(series[name]), "training rollouts (sampled)", color)
     for name, color in zip(held_out, cycle(_COLORS[1:]), strict=False):
         is_total = name == "eval/accuracy"
-        label = "held-out" if is_total else name.removeprefix("eval/accuracy/").replace("_", " ")
+        label = "held-out" if is_total else _plain(name.removeprefix("eval/accuracy/").replace("_", " "))
         steps, values = _percent(series[name])
         width, style = (2.4, "o-") if is_total else (1.2, "o:")
         if is_total and values.ndim == 2:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _mean(values), style, color=color, linewidth=width, markersize=2.5 * width**0.5, label=label)
     for (label, value), style in zip(fixed.items(), cycle(("--", "-.", ":")), strict=False):
-        text = f"{label} ({100 * value:.0f} %)"
+        text = _plain(f"{label} ({100 * value:.0f} %)")
         axes.axhline(100 * value, linestyle=style, linewidth=1.2, color="black", label=text)
     axes.set_ylim(-2, 102)
     _finish(axes, "Accuracy", "correct answers (%)", len(train) + len(held_out) + len(fixed), always_legend=True)
     if axes.get_legend() is not None:  # many lines: beside the panel, not over it
         axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, which takes what is between two dollar signs for a formula and refuses one that is none."""
+    return text.replace("$", r"\$")
 
 
 def _percent(points: Series) -> Series:
@@ -208,7 +216,7 @@ def _draw_line(axes: Axes, points: Series, label: str, color: str, width: float 
     if window > 1:
         axes.plot(steps, faint, color=color, alpha=0.25, linewidth=0.8)
     marker = "o" if len(values) == 1 else None  # a line through one point is invisible
-    axes.plot(steps, smooth(_mean(values), window), color=color, linewidth=width, label=label, marker=marker)
+    axes.plot(steps, smooth(_mean(values), window), color=color, linewidth=width, label=_plain(label), marker=marker)
 
 
 def _finish(

@@ -17,8 +17,10 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,6 +210,20 @@ class FrameRecorder:
 
     def _read_index(self) -> list[dict[str, Any]]:
         return read_rows(self._index, key="sheet", kind=str) if self._index.exists() else []
+
+
+@contextmanager
+def recording(
+    run_dir: str | Path, budget_mib: int, video_root: str | Path, rank: int = 0, world_size: int = 1
+) -> Iterator[Callable[[Sample, Clip], None]]:
+    """Takes the clips of an evaluation outside of the run, and adds the sheets of those that have none to it."""
+    roots: dict[When, Path] = {"evaluation": Path(video_root)}
+    recorder = FrameRecorder(run_dir, budget_mib, roots, rank=rank, world_size=world_size)
+    recorder.begin()
+    try:
+        yield partial(recorder.note, "evaluation")
+    finally:
+        recorder.close()
 
 
 class SheetIndex:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BEFORE, AFTER = "before", "after"
+MAX_KINDS = 40  # in the table
 OUTCOMES = {"fixed": "fixed", "broken": "broken", "right": "both right", "wrong": "both wrong"}
 _OUTCOME = {(False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong"}
 
@@ -66,7 +67,7 @@ def rate_table(evaluations: Mapping[str, Row]) -> tuple[list[str], list[tuple[st
     kinds = sorted({str(a.get("problem_type") or "") for rows in answers.values() for a in rows} - {""})
     lines: list[tuple[str, list[Row | None]]] = []
     for title, is_strict in (("accuracy", False), ("strict accuracy", True)):
-        for kind in (None, *(kinds if len(kinds) > 1 else ())):
+        for kind in (None, *(kinds[:MAX_KINDS] if len(kinds) > 1 else ())):
             label = title if kind is None else f"{title}, {kind}"
             lines.append((label, [_accuracy(answers[name], kind, is_strict=is_strict) for name in names]))
     formed = [rate(sum(bool(a["is_well_formed"]) for a in answers[name]), len(answers[name])) for name in names]

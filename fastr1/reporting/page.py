@@ -6,6 +6,7 @@ into `MAX_BYTES` is left out, and the page says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +15,19 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fastr1.reporting.browser import GROUP_BYTES, Budget, Context, Sheets, cut, group_views, pair_views
+from fastr1.reporting.browser import GROUP_BYTES, PAIR_BYTES, Budget, Context, Sheets, group_views, pair_views
 from fastr1.reporting.charts import format_number, layout
 from fastr1.reporting.held_out import AFTER, BEFORE, OUTCOMES, Pair, pair_answers, rate_table, sign_test
 from fastr1.reporting.read_run import NUM_BAD_SHOWN, Run, read_run
-from fastr1.reporting.rollout_picks import RANKINGS
+from fastr1.reporting.rollout_picks import GROUPS_PER_UPDATE, RANKINGS
 from fastr1.reporting.run_charts import other_charts, run_charts
+from fastr1.reporting.run_log import RunLogError
 from fastr1.reporting.settings import beside_defaults, flatten
 
 PAGE_FILE = "report.html"
 MAX_BYTES = 15 * 10**6
+MAX_NOTES = 40
+_SHARES = (1.0, 0.5, 0.2, 0.0)
 
 
 def write_page(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -35,19 +39,41 @@ def write_page(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 
 def save_page(run: Run, target: Path) -> Path:
-    """Writes the page of a run that was read, and returns its path."""
-    page = build_page(run)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    """Writes the page of a run that was read, and returns its path. Raises: RunLogError where that cannot be done."""
+    is_beside = target.parent.resolve() == run.folder.resolve()
+    return write_text(target, build_page(run, is_beside=is_beside), "--output")
+
+
+def write_text(target: Path, text: str, option: str) -> Path:
+    """Writes a page and returns its path. Raises: RunLogError naming the option that chooses another place."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunLogError(
+            f"{target} cannot be written ({error.strerror}); choose another place with {option}"
+        ) from error
     return target
 
 
-def build_page(run: Run, *, version: str | None = None) -> str:
-    """The page as text, at most `MAX_BYTES` of UTF-8. With a `version` it asks its server for a newer one."""
-    sheets, budget = Sheets(run), Budget(GROUP_BYTES)
+def build_page(run: Run, *, version: str | None = None, is_beside: bool = True) -> str:
+    """The page as text, at most `MAX_BYTES` of UTF-8. With a `version` it asks its server for a newer one; it links to
+    the files of the run that it is beside."""
+    names = ("report.png", "metrics.jsonl", "rollouts.jsonl") if is_beside else ()
+    files = [name for name in names if (run.folder / name).is_file()]
+    for share in _SHARES:
+        page = _build(run, version, files, share)
+        if len(page.encode("utf-8")) <= MAX_BYTES:
+            break
+    return page
+
+
+def _build(run: Run, version: str | None, files: Sequence[str], share: float) -> str:
+    """With a share of the room for groups, held-out questions and contact sheets, whose sizes are estimates."""
+    sheets, budget = Sheets(run, share), Budget(share * GROUP_BYTES)
     views = group_views(run, sheets, budget)
     pairs = pair_answers(run.evaluations)
-    shown_pairs = pair_views(run, pairs, sheets)
+    shown_pairs = pair_views(run, pairs, sheets, Budget(share * PAIR_BYTES))
     charts = run_charts(run.series, run.picks, _levels(run))
     others = other_charts(run.series, charts)
     names, rates = rate_table(run.evaluations)
@@ -57,12 +83,12 @@ def build_page(run: Run, *, version: str | None = None) -> str:
     counts = {outcome: sum(pair.outcome == outcome for pair in pairs) for outcome in OUTCOMES}
     return render(
         "report.html",
-        title=str(run.summary.get("title", f"Run {run.name}")),
+        title=str(run.summary.get("title", f"Run {run.name}"))[:500],
         version=version,
         headline=headline(run),
         facts=facts(run),
         state=_state(run),
-        notes=[*run.notes, *sheets.notes(), *_other_notes(run, budget, pairs, shown_pairs)],
+        notes=first_notes([*sheets.notes(), *_other_notes(run, budget, pairs, shown_pairs), *run.notes]),
         charts=drawn,
         other_charts=drawn_others,
         chart_data={chart["id"]: chart["data"] for chart in (*drawn, *drawn_others)},
@@ -73,6 +99,7 @@ def build_page(run: Run, *, version: str | None = None) -> str:
         groups=views,
         steps=sorted(run.picks.by_step),
         sizes=run.picks.sizes,
+        groups_per_update=GROUPS_PER_UPDATE,
         rankings=list(RANKINGS),
         pairs=shown_pairs,
         num_pairs=len(pairs),
@@ -84,12 +111,18 @@ def build_page(run: Run, *, version: str | None = None) -> str:
         rates=rates,
         changed=changed,
         same=same,
-        bad_samples=[{**row, "reason": cut(str(row["reason"]))[0][:500]} for row in run.bad_samples],
+        bad_samples=[{name: str(value)[:500] for name, value in row.items()} for row in run.bad_samples],
         num_bad=run.num_bad,
         num_bad_shown=NUM_BAD_SHOWN,
         sheets=sheets.content,
-        files=[name for name in ("report.png", "metrics.jsonl", "rollouts.jsonl") if (run.folder / name).is_file()],
+        files=files,
     )
+
+
+def first_notes(notes: Sequence[str]) -> list[str]:
+    """As many as one reads."""
+    more = [f"… and {len(notes) - MAX_NOTES} further notes."] if len(notes) > MAX_NOTES else []
+    return [*(note[:500] for note in notes[:MAX_NOTES]), *more]
 
 
 @lru_cache(maxsize=1)
@@ -106,19 +139,20 @@ def _environment() -> Environment:
 
 
 def render(template: str, **context: Any) -> str:
-    """A page from one of the templates; every text in the context is escaped."""
-    return _environment().get_template(template).render(**context)
+    """A page from one of the templates; every text in the context is escaped, and what is no character is a "?"."""
+    page = _environment().get_template(template).render(**context)
+    return page.encode("utf-8", "replace").decode("utf-8")  # of a pair of surrogates JSON and file names can hold one
 
 
 def headline(run: Run) -> Context | None:
     """Accuracy before and after, from the best source there is; None where nothing was measured."""
     before, after = (run.evaluations.get(name, {}).get("summary") for name in (BEFORE, AFTER))
     before, after = before or run.summary.get(BEFORE), after or run.summary.get(AFTER)
-    if isinstance(before, dict) and isinstance(after, dict) and "accuracy" in before and "accuracy" in after:
-        number = (
-            f"{after['num_questions']:.0f} held-out questions" if "num_questions" in after else "held-out questions"
-        )
-        return {"before": before["accuracy"], "after": after["accuracy"], "of": number, "when": "before and after"}
+    rates = _number_of(before, "accuracy"), _number_of(after, "accuracy")
+    if None not in rates:
+        number = _number_of(after, "num_questions")
+        of = "held-out questions" if number is None else f"{number:.0f} held-out questions"
+        return {"before": rates[0], "after": rates[1], "of": of, "when": "before and after"}
     steps, values = run.series.get("eval/accuracy", (np.empty(0), np.empty(0)))
     is_there = np.isfinite(values)
     if not is_there.any():
@@ -131,22 +165,31 @@ def headline(run: Run) -> Context | None:
     return {"before": first, "after": float(values[-1]), "of": of, "when": when}
 
 
+def _number_of(rates: Any, name: str) -> float | None:
+    value = rates.get(name) if isinstance(rates, dict) else None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """What the headline's number depends on: seed, updates, time, hardware."""
     flat, conditions = flatten(run.config), run.summary.get("conditions")
+    machine = {**run.hardware, **(conditions if isinstance(conditions, dict) else {})}
     found = [("seed", str(flat.get("run.seed", run.summary.get("seed", "not recorded"))))]
     total = "" if run.total_steps is None else f" of {run.total_steps}"
     found.append(("updates", f"{run.last_step}{total}"))
     seconds = training_seconds(run)
     found.append(("training time", "not recorded" if seconds is None else _duration(seconds)))
-    if isinstance(conditions, dict):
-        device = str(conditions.get("device"))
-        cores = f", {conditions['cores']} cores" if device == "cpu" and "cores" in conditions else ""
-        found.append(("hardware", f"{device.upper() if device == 'cpu' else device}{cores}"))
-        found += [(name, str(conditions[name])) for name in ("torch", "date", "commit") if conditions.get(name)]
-    else:
-        found.append(("hardware", "not recorded"))
+    found.append(("hardware", _device(machine)))
+    found += [(name, str(machine[name])) for name in ("torch", "date", "commit") if machine.get(name)]
     return [*found, ("model", str(flat["model.path"]))] if "model.path" in flat else found
+
+
+def _device(machine: Context) -> str:
+    device = str(machine.get("device") or "not recorded")
+    if device == "cpu":
+        return f"CPU, {machine['cores']} cores" if "cores" in machine else "CPU"
+    number = machine.get("processes")
+    return f"{number} × {device}" if isinstance(number, int) and number > 1 else device
 
 
 def training_seconds(run: Run) -> float | None:
@@ -171,13 +214,8 @@ def _state(run: Run) -> Context:
 
 def _levels(run: Run) -> dict[str, float]:
     accuracy = run.summary.get("accuracy")
-    found = (
-        {str(k): float(v) for k, v in accuracy.items() if isinstance(v, (int, float))}
-        if isinstance(accuracy, dict)
-        else {}
-    )
-    chance = run.summary.get("chance")
-    return {**found, **({"chance": float(chance)} if isinstance(chance, (int, float)) else {})}
+    named = {**(accuracy if isinstance(accuracy, dict) else {}), "chance": run.summary.get("chance")}
+    return {name: number for name in named if (number := _number_of(named, name)) is not None}
 
 
 def _other_notes(run: Run, budget: Budget, pairs: Sequence[Pair], shown: Sequence[Context]) -> Iterable[str]:

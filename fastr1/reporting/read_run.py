@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastr1.reporting.curves import SUMMARY_FILE, Series, to_series
+from fastr1.reporting.hardware import HARDWARE_FILE
 from fastr1.reporting.rollout_picks import Picks, pick_groups
 from fastr1.reporting.run_log import METRICS_FILE, ROLLOUTS_FILE, RunLogError
 
@@ -24,6 +25,7 @@ EVALUATION_DIR = "evaluation"  # files of `fastr1 eval --output`; before.json an
 FRAMES_DIR = "frames"
 NUM_UPDATES_SHOWN = 12
 NUM_BAD_SHOWN = 200
+MAX_CHARS = 20_000  # of one text
 
 Row = dict[str, Any]
 
@@ -47,6 +49,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     config: Row = field(default_factory=dict)
     summary: Row = field(default_factory=dict)
+    hardware: Row = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
     picks: Picks = field(default_factory=Picks)
     evaluations: dict[str, Row] = field(default_factory=dict)  # "before", "after", "blank_video" → {summary, answers}
@@ -80,7 +83,8 @@ def read_run(folder: str | Path, *, with_rollouts: bool = True) -> Run:
         raise RunLogError(f"{folder} holds none of {', '.join(files)}; is this the folder of a run?")
     run.config = _read_object(run, CONFIG_FILE, "settings are not shown")
     run.summary = _read_object(run, SUMMARY_FILE, None)
-    run.series = to_series(_read_rows(run, METRICS_FILE, _is_metrics, "there are no curves"))
+    run.hardware = _read_object(run, HARDWARE_FILE, None)
+    run.series = to_series(_read_rows(run, METRICS_FILE, _is_step, "there are no curves"))
     run.last_step = max((int(steps[-1]) for steps, _ in run.series.values() if len(steps)), default=0)
     run.is_finished = (run.folder / "final").is_dir()
     run.total_steps = _total_steps(run)
@@ -88,7 +92,7 @@ def read_run(folder: str | Path, *, with_rollouts: bool = True) -> Run:
         path = run.folder / ROLLOUTS_FILE
         run.last_step = max(run.last_step, _last_step(path))
         if with_rollouts:
-            rows = _read_rows(run, ROLLOUTS_FILE, _is_rollout, "there are no completions to look at")
+            rows = map(_shorten, _read_rows(run, ROLLOUTS_FILE, _is_rollout, "there are no completions to look at"))
             group_size = _section(run.config, "grpo").get("num_generations")
             run.picks = pick_groups(rows, _spread(run.last_step), group_size if type(group_size) is int else None)
     for row in _read_rows(run, BAD_SAMPLES_FILE, lambda row: "reason" in row, None):
@@ -115,7 +119,7 @@ def stream_rows(path: Path, is_whole: Callable[[Row], bool], notes: list[str]) -
                 if isinstance(row, dict) and is_whole(row):
                     yield row
                     continue
-            except ValueError:
+            except (ValueError, RecursionError):
                 if not line.endswith(b"\n"):
                     notes.append(f"{path.name} ends in a line cut short: the run is writing it, or was killed there.")
                     continue
@@ -146,7 +150,7 @@ def _read_object(run: Run, name: str, consequence: str | None) -> Row:
         if consequence is not None:
             run.notes.append(f"{name} is missing: {consequence}.")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         run.notes.append(f"{name} cannot be read ({error}).")
         return {}
     if not isinstance(content, dict):
@@ -156,11 +160,7 @@ def _read_object(run: Run, name: str, consequence: str | None) -> Row:
 
 
 def _is_step(row: Row) -> bool:
-    return type(row.get("step")) is int
-
-
-def _is_metrics(row: Row) -> bool:
-    return _is_step(row)
+    return type(row.get("step")) is int and 0 <= row["step"] < 2**53
 
 
 def _is_rollout(row: Row) -> bool:
@@ -170,7 +170,19 @@ def _is_rollout(row: Row) -> bool:
         and all(isinstance(row.get(name), str) for name in texts)
         and all(isinstance(row.get(name), (int, float)) for name in ("reward", "advantage"))
         and isinstance(row.get("rewards"), dict)
+        and all(value is None or isinstance(value, (int, float)) for value in row["rewards"].values())
     )
+
+
+def _shorten(row: Row) -> Row:
+    """Texts as long as a page shows them, so that what is kept of a run is bounded."""
+    text, num_cut = cut(row["completion"])
+    return {**row, "completion": text, "num_cut": num_cut, "question": cut(row["question"])[0]}
+
+
+def cut(text: str) -> tuple[str, int]:
+    """The first `MAX_CHARS`, and how many characters that leaves out."""
+    return text[:MAX_CHARS], max(0, len(text) - MAX_CHARS)
 
 
 def _section(config: Row, name: str) -> Row:
@@ -186,7 +198,7 @@ def _total_steps(run: Run) -> int | None:
         return limit
     if run.is_finished and run.last_step:
         return run.last_step
-    if "epoch" in run.series and isinstance(epochs, (int, float)):
+    if "epoch" in run.series and isinstance(epochs, (int, float)) and math.isfinite(epochs):
         steps, reached = run.series["epoch"]
         if reached[-1] > 0 and math.isfinite(reached[-1]):
             return max(int(steps[-1]), round(epochs * steps[-1] / reached[-1]))
@@ -203,7 +215,7 @@ def _last_step(path: Path, tail_bytes: int = 2**20) -> int:
     for line in reversed(lines):
         try:
             row = json.loads(line.decode("utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and _is_step(row):
             return int(row["step"])
@@ -244,11 +256,14 @@ def _is_sheet(row: Row) -> bool:
     times, size, columns = row.get("timestamps_seconds"), row.get("frame_px"), row.get("columns")
     return (
         isinstance(row.get("sheet"), str)
+        and "\0" not in row["sheet"]
         and isinstance(row.get("video"), str)
         and isinstance(times, list)
+        and len(times) > 0
         and all(isinstance(time, (int, float)) for time in times)
         and isinstance(size, list)
         and len(size) == 2
+        and all(type(side) is int and side > 0 for side in size)
         and type(columns) is int
         and columns > 0
     )
@@ -258,13 +273,18 @@ def _read_evaluations(run: Run) -> None:
     for file in sorted((run.folder / EVALUATION_DIR).glob("*.json")):
         content = _read_object(run, f"{EVALUATION_DIR}/{file.name}", None)
         answers, rates = content.get("answers"), content.get("summary")
-        needed = ("sample_id", "question", "completion", "solution", "is_correct", "is_well_formed")
-        if (
-            not isinstance(rates, dict)
-            or not isinstance(answers, list)
-            or not all(isinstance(answer, dict) and all(key in answer for key in needed) for answer in answers)
-        ):
+        if not isinstance(rates, dict) or not isinstance(answers, list) or not all(map(_is_answer, answers)):
             if content:
                 run.notes.append(f"{EVALUATION_DIR}/{file.name} is not what `fastr1 eval --output` writes.")
             continue
         run.evaluations[file.stem] = content
+
+
+def _is_answer(answer: Any) -> bool:
+    texts = ("sample_id", "question", "completion", "solution")
+    return (
+        isinstance(answer, dict)
+        and all(isinstance(answer.get(name), str) for name in texts)
+        and "is_correct" in answer
+        and "is_well_formed" in answer
+    )

@@ -11,6 +11,10 @@ from fastr1.reporting.curves import Series
 from fastr1.reporting.rollout_picks import SHARES, Picks
 
 MAX_OTHER_CHARTS = 40
+_ACCURACIES = (
+    ("Held-out accuracy", "eval/accuracy", "Greedy, on the held-out questions of the run; every right letter counts."),
+    ("Held-out accuracy, strict", "eval/strict_accuracy", "The same answers: right and well formed."),
+)
 _ASIDE = "time/step_seconds"  # the whole of which the other times are parts
 
 # title, unit, hint, {metric: label}, options
@@ -91,7 +95,7 @@ _FIXED: tuple[tuple[str, str, str, dict[str, str], dict[str, float]], ...] = (
 def run_charts(series: Mapping[str, Series], picks: Picks, levels: Mapping[str, float]) -> list[Chart]:
     """The charts of a run, what a reward is debugged with first. `levels`: accuracies measured outside the run."""
     fixed = {title: _chart(series, title, unit, hint, names, options) for title, unit, hint, names, options in _FIXED}
-    first = [_reward(series), _accuracy(series, levels), *_shares(picks)]
+    first = [_reward(series), *_accuracy(series, levels), *_shares(picks)]
     return [*first, *fixed.values(), _times(series), _limit(series), _memory(series)]
 
 
@@ -134,26 +138,18 @@ def _reward(series: Mapping[str, Series]) -> Chart:
     return Chart("Reward", "per completion", lines, hint)
 
 
-def _accuracy(series: Mapping[str, Series], levels: Mapping[str, float]) -> Chart:
-    names = {"eval/accuracy": "lenient: right letter", "eval/strict_accuracy": "strict: and well formed"}
-    lines = [
-        Line(label, series[name], i, is_bold=i == 0, has_markers=True)
-        for i, (name, label) in enumerate(names.items())
-        if name in series
-    ]
-    prefix = "eval/accuracy/"
-    for name in sorted(name for name in series if name.startswith(prefix)):
-        lines.append(Line(name.removeprefix(prefix), series[name], len(lines), has_markers=True))
-    return Chart(
-        "Held-out accuracy",
-        "share of questions",
-        lines,
-        "Greedy, on the held-out questions of the run; by kind the lenient one.",
-        "run.eval_steps is 0, or not reached yet",
-        levels=levels if lines else {},
-        bottom=0,
-        top=1,
-    )
+def _accuracy(series: Mapping[str, Series], levels: Mapping[str, float]) -> list[Chart]:
+    """Lenient and strict, each with its kinds. `levels` are lenient."""
+    charts: list[Chart] = []
+    for title, name, hint in _ACCURACIES:
+        lines = [Line("all", series[name], 0, is_bold=True, has_markers=True)] if name in series else []
+        for kind in sorted(kind for kind in series if kind.startswith(f"{name}/")):
+            # of the same colour in both
+            lines.append(Line(kind.removeprefix(f"{name}/"), series[kind], len(lines), has_markers=True))
+        empty = "run.eval_steps is 0, or not reached yet"
+        shown = levels if lines and not charts else {}
+        charts.append(Chart(title, "share of questions", lines, hint, empty, levels=shown, bottom=0, top=1))
+    return charts
 
 
 def _shares(picks: Picks) -> list[Chart]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
+import sys
 import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from fastr1.reporting.page import build_page
@@ -81,6 +83,11 @@ class RunServer(ThreadingHTTPServer):
             remedy = f"give another with --port (0: any that is free); {error.strerror}"
             raise ServeError(f"cannot listen on port {port} of {HOST}: {remedy}") from error
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of an answer is none."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def port(self) -> int:
         return int(self.server_address[1])
@@ -116,7 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_all("Host") not in ([f"{HOST}:{port}"], [f"localhost:{port}"]):
             self._refuse(HTTPStatus.FORBIDDEN, f"open http://{HOST}:{port}/", with_body)
             return
-        path = unquote(urlsplit(self.path).path)
+        try:
+            path = unquote(urlsplit(self.path).path)
+        except ValueError:
+            self._refuse(HTTPStatus.BAD_REQUEST, "that is no address", with_body)
+            return
         if path in ("/", "/version"):
             try:
                 version, page = self.server.page.get()

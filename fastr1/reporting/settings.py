@@ -40,8 +40,8 @@ def beside_defaults(config: Mapping[str, Any]) -> tuple[list[tuple[str, str, str
 
 
 def show(value: Any) -> str:
-    """As in JSON; text without quotes."""
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    """As in JSON, the first thousand characters; text without quotes."""
+    return (value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False))[:1000]
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Each tracker sends in threads or a process of its own and reads its own environm
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import uuid
@@ -38,11 +39,13 @@ class Tracker(Protocol):
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Refuses a tracker that is not installed, and Weights & Biases without a key. Raises: ConfigError."""
+    """Refuses what is not installed, and Weights & Biases without a key. Raises: ConfigError."""
     for name in report_to:
+        remedy = f"pip install {name}, or leave it out of run.report_to"
+        if name == "tensorboard" and importlib.util.find_spec(name) is None:  # seconds to import
+            raise ConfigError(f"run.report_to names {name!r}, which is not installed: {remedy}")
         if name not in TRACKERS:
             continue
-        remedy = f"pip install {name}, or leave it out of run.report_to"
         try:
             module = importlib.import_module(name)
         except ImportError as error:

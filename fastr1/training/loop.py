@@ -24,6 +24,7 @@ from fastr1.evaluation.multiple_choice import summarise_answers
 from fastr1.models import Processor, VideoLanguageModel, apply_liger, load_model, load_processor
 from fastr1.models.devices import resolve_device
 from fastr1.reporting.frames import FrameRecorder, When
+from fastr1.reporting.hardware import write_hardware
 from fastr1.reporting.run_log import RunLogger
 from fastr1.reporting.statistics import Metrics, join_rows, mean_metrics
 from fastr1.reporting.timing import PhaseTimer, machine_metrics
@@ -204,6 +205,7 @@ class TrainingRun(Generic[S]):
         with agreement(self.distributed):
             if is_main:
                 save_config(self.config, self.output_dir / "config.json")
+                write_hardware(self.output_dir, self.distributed.world_size)
                 self._frames.clean(is_resumed=self._checkpoint is not None)
         self.bad_data.begin()
         with agreement(self.distributed):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import listen, until
 from trainer_toys import child_environment
 
@@ -18,7 +19,8 @@ from fastr1 import cli
 from fastr1.config import load_config, save_config
 from fastr1.demo import pipeline
 from fastr1.evaluation.multiple_choice import CONTROLS
-from fastr1.schema import DataError
+from fastr1.reporting.run_log import read_rows
+from fastr1.schema import Clip, DataError, Sample
 
 LAUNCH = pipeline.launch
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +34,7 @@ class Stages:
         self.seeds: list[int] = []
         self.trainings: list[tuple[str, dict[str, str]]] = []
         self.evaluations: list[tuple[str, str | None]] = []
+        self.recordings: list[tuple[str, str | None, Any]] = []
         self.sizes: list[dict[str, int]] = []
         monkeypatch.setattr(pipeline, "write_demo_dataset", self.write)
         monkeypatch.setattr(pipeline, "launch", self.launch)
@@ -51,6 +54,8 @@ class Stages:
     def evaluate(self, *, model_path: Path, control: str | None, output: Path, **others: Any) -> dict[str, float]:
         run = model_path.parent.name
         self.evaluations.append((run, control))
+        if "recording" in others:
+            self.recordings.append((run, control, others["recording"]))
         accuracy = RATES[control] if run == "grpo" else 0.5
         rates = {"accuracy": accuracy, "strict_accuracy": accuracy / 2, "format_rate": 0.98}
         rates |= {"completion_length": 27.0, "num_questions": 150.0}
@@ -97,6 +102,18 @@ def test_the_demo_ends_by_naming_the_page_of_its_run(
     kept = {file.stem: json.loads(file.read_text())["answers"][0] for file in (tmp_path / "grpo/evaluation").iterdir()}
     said = {name: answer["completion"] for name, answer in kept.items()}
     assert said == {"before": "coldstart None", "after": "grpo None", **{c: f"grpo {c}" for c in CONTROLS}}
+
+
+def test_all_held_out_clips_are_on_the_page_and_each_once(tmp_path: Path, stages: Stages) -> None:
+    """Evaluations during training ask fewer questions than those before and after it."""
+    pipeline.run_demo(tmp_path)
+    ((run, control, recording),) = stages.recordings
+    assert (run, control) == ("grpo", None)
+    clip = Clip(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), tuple(range(8)), (0.0,) * 8, 1.0, 8.0, "pyav")
+    with recording(0, 1) as note_clip:
+        note_clip(Sample("1", "", "?", "A", tmp_path / "data" / "videos" / "1.mp4", "x"), clip)
+    (row,) = read_rows(tmp_path / "grpo" / "frames" / "index.jsonl", key="sheet", kind=str)
+    assert (row["video"], row["path"]) == ("videos/1.mp4", str(tmp_path / "data" / "videos" / "1.mp4"))
 
 
 def test_summary_holds_conditions_and_seconds_of_every_phase(tmp_path: Path, stages: Stages) -> None:

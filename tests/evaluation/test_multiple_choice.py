@@ -85,6 +85,8 @@ def test_summary_counts_unparsable_answers_as_wrong() -> None:
             "num_left_out": 0,
             "accuracy/what": 1 / 2,
             "accuracy/where": 2 / 3,
+            "strict_accuracy/what": 1 / 2,
+            "strict_accuracy/where": 1 / 3,
         }
     )
 

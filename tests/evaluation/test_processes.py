@@ -17,10 +17,12 @@ import torch
 from processes import is_running, listen, until
 from trainer_toys import NUM_SAMPLES, child_environment, write_world
 
+from fastr1 import cli
 from fastr1.config import ConfigError, DataConfig
 from fastr1.evaluation import checkpoint
 from fastr1.evaluation.checkpoint import evaluate_checkpoint
 from fastr1.models import ModelFileError
+from fastr1.reporting.run_log import read_rows
 from fastr1.schema import DataError
 
 ASKED = {"max_completion_length": 6, "num_frames": 4, "instruction": "", "backend": "pyav", "device": "cpu"}
@@ -81,6 +83,24 @@ def test_two_processes_answer_as_one_and_leave_out_the_same(world: Path, tmp_pat
     assert two == one
     assert len(one["answers"]) == NUM_SAMPLES - 1
     assert [row["line"] for row in one["left_out"]] == [3]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_clips_of_an_evaluation_are_added_to_those_of_a_run(
+    world: Path, tmp_path: Path, num_processes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "--model", world / "base", "--data-file", world / "questions.jsonl", "--video-root", world]
+    command += ["--num-frames", 4, "--max-completion-length", 2, "--batch-size", 2, "--num-processes", num_processes]
+    command += ["--device", "cpu", "--backend", "pyav", "--frames", tmp_path]
+    assert cli.main(list(map(str, command))) == 2
+    assert f"--frames is {tmp_path}, which holds no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()
+    for _ in range(2):  # the second finds them there
+        assert cli.main(list(map(str, command))) == 0
+    rows = read_rows(tmp_path / "frames" / "index.jsonl", key="sheet", kind=str)
+    assert sorted(row["path"] for row in rows) == sorted(str(path) for path in world.glob("*.mp4"))
+    assert {(row["when"], row["num_frames"]) for row in rows} == {("evaluation", 4)}
+    assert all((tmp_path / row["sheet"]).is_file() for row in rows)
 
 
 @pytest.mark.slow

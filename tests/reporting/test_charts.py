@@ -113,10 +113,11 @@ def test_numbers_are_short(value: float, text: str) -> None:
 def test_a_run_is_drawn_with_what_a_reward_is_debugged_with_first(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path))
     charts = run_charts(run.series, run.picks, {"chance": 0.2})
-    assert [chart.title for chart in charts[:3]] == ["Reward", "Held-out accuracy", "Prompts by outcome"]
+    titles = ["Reward", "Held-out accuracy", "Held-out accuracy, strict", "Prompts by outcome"]
+    assert [chart.title for chart in charts[:4]] == titles
     drawn = {chart.title: [line.label for line in chart.lines] for chart in charts}
     assert drawn["Reward"] == ["total", "accuracy reward", "format reward"]
-    assert drawn["Held-out accuracy"] == ["lenient: right letter", "strict: and well formed", "colour"]
+    assert drawn["Held-out accuracy"] == drawn["Held-out accuracy, strict"] == ["all", "colour"]
     assert drawn["Clipped tokens"] == ["below", "above"]
     assert drawn["Groups without signal"] == ["without signal"]
     assert drawn["Time of an update"] == ["rollout", "train", "other"]
@@ -130,6 +131,8 @@ def test_a_run_is_drawn_with_what_a_reward_is_debugged_with_first(tmp_path: Path
     ]
     assert by_title["Peak memory"].lines[0].points[1][0] == 1.0
     assert by_title["Held-out accuracy"].levels == {"chance": 0.2}
+    assert [line.points[1][0] for line in by_title["Held-out accuracy, strict"].lines] == [0.25, 0.5]
+    assert by_title["Held-out accuracy, strict"].levels == {}
 
 
 def test_every_metric_is_in_a_chart(tmp_path: Path) -> None:

@@ -93,6 +93,27 @@ def test_final_numbers_are_mean_and_range(tmp_path: Path) -> None:
     assert "grpo.num_generations" not in text
 
 
+def test_a_run_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / name, seed=0) for name in ("a", "b")]
+    with pytest.raises(RunLogError, match="is named twice, and would count twice in a mean"):
+        write_comparison([*runs, f"{runs[0]}/../a/"], tmp_path / "x.html")
+
+
+def test_a_seed_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    runs = [read_run(run_of(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 7), ("c", 7))]
+    assert "a and 2 more: 2 runs have the seed 7; the mean counts each of them." in text_of(build_comparison(runs))
+    assert "runs have the seed" not in text_of(build_comparison(runs[:2]))
+
+
+def test_what_accuracy_was_measured_on_stands_below_it(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / name, seed=0, beta=beta) for name, beta in (("a", 0.0), ("b", 0.1))]
+    for file in (runs[1] / "evaluation").iterdir():
+        file.unlink()
+    write_lines(runs[1] / "metrics.jsonl", [metrics_row(7, **{"eval/accuracy": 0.5, "eval/num_questions": 9.0})])
+    text = text_of(build_comparison([read_run(run) for run in runs]))
+    assert "accuracy of 4 held-out questions, before and after 9 held-out questions, update 7" in text
+
+
 def test_a_run_that_lacks_a_number_has_none_and_a_note_is_told(tmp_path: Path) -> None:
     folders = [run_of(tmp_path / name, seed=0, beta=beta) for name, beta in (("a", 0.0), ("b", 0.1))]
     for file in (folders[1] / "evaluation").iterdir():

@@ -6,6 +6,8 @@ import base64
 import html
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from run_folders import (
 
 from fastr1 import cli
 from fastr1.reporting import browser, page
-from fastr1.reporting.browser import MAX_CHARS, split_completion
-from fastr1.reporting.page import MAX_BYTES, build_page, facts, headline, training_seconds, write_page
-from fastr1.reporting.read_run import read_run
+from fastr1.reporting.browser import split_completion
+from fastr1.reporting.charts import MAX_LINES
+from fastr1.reporting.held_out import MAX_KINDS
+from fastr1.reporting.page import MAX_BYTES, MAX_NOTES, build_page, facts, headline, training_seconds, write_page
+from fastr1.reporting.read_run import MAX_CHARS, read_run
 from fastr1.reporting.settings import beside_defaults
 
 
@@ -62,6 +66,22 @@ def test_headline_has_the_number_with_its_conditions(tmp_path: Path) -> None:
     assert "Mine" in text
     assert "seed 5 updates 20 of 20 training time 80 s hardware CPU, 2 cores torch 2.13" in text
     assert "model models/toy" in text
+
+
+def test_hardware_is_what_the_training_wrote_down(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for content, expected in (
+        ({"device": "cpu", "cores": 3, "torch": "2.13", "processes": 1}, "CPU, 3 cores"),
+        ({"device": "NVIDIA H100", "cores": 16, "torch": "2.13", "processes": 4}, "4 × NVIDIA H100"),
+    ):
+        (run / "hardware.json").write_text(json.dumps(content))
+        found = dict(facts(read_run(run)))
+        assert (found["hardware"], found["torch"]) == (expected, "2.13")
+
+
+def test_a_page_needs_no_torch() -> None:
+    code = "import sys, fastr1.reporting.compare, fastr1.reporting.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_headline_takes_the_best_source_there_is(tmp_path: Path) -> None:
@@ -178,7 +198,7 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     write_evaluation(run, "after", [answer(i, i != 1, is_well_formed=i != 3) for i in range(4)])
     content = build_page(read_run(run))
     pairs = re.findall(
-        r'<details class="item pair" data-outcome="(\w+)" data-kind="(\w*)".*?</details>', content, flags=re.DOTALL
+        r'<details class="item pair" [^>]*data-outcome="(\w+)" data-kind="(\w*)".*?</details>', content, flags=re.DOTALL
     )
     assert pairs == [("fixed", "direction"), ("fixed", "colour"), ("broken", "colour"), ("right", "direction")]
     text = text_of(content)
@@ -269,10 +289,19 @@ def test_no_text_of_a_run_becomes_markup_or_script(tmp_path: Path) -> None:
     assert text_of(content).count(HOSTILE) > 20
 
 
+def test_half_a_pair_of_surrogates_is_no_error(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    rows = [rollout_row(1, 0, i, completion="\ud800 <b>", question="\udfff") for i in range(GROUP)]
+    write_lines(run / "rollouts.jsonl", rows)
+    content = write_page(run).read_text(encoding="utf-8")
+    assert "? &lt;b&gt;" in content
+
+
 def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     elements = Elements(build_page(read_run(write_run(tmp_path)))).found
-    assert not {tag for tag, _ in elements} & {"link", "iframe", "object", "embed", "base"}
-    sources = [a[name] for tag, a in elements for name in ("src", "href", "action") if name in a]
+    assert not {tag for tag, _ in elements} & {"iframe", "object", "embed", "base"}
+    assert [a for tag, a in elements if tag == "link"] == [{"rel": "icon", "href": "data:,"}]
+    sources = [a[name] for tag, a in elements for name in ("src", "href", "action") if name in a and tag != "link"]
     assert {source for source in sources if source and not source.startswith("#")} == {
         "metrics.jsonl",
         "rollouts.jsonl",
@@ -318,6 +347,33 @@ def test_the_page_stays_small_and_says_what_is_left_out(tmp_path: Path) -> None:
     assert "Some contact sheets are left out" in text
 
 
+def test_the_page_stays_small_where_sizes_are_not_those_expected(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    many = {f"part {i} {'&' * 90}": 1.0 for i in range(120)}
+    rows = [rollout_row(step, p, i, rewards=many) for step in range(1, 21) for p in range(8) for i in range(GROUP)]
+    write_lines(run / "rollouts.jsonl", rows)
+    numbers = {f"{prefix}{i}": 0.5 for prefix in ("rewards/", "eval/accuracy/", "time/", "own ") for i in range(3000)}
+    write_lines(run / "metrics.jsonl", [metrics_row(step, **numbers) for step in range(1, 21)])
+    evaluated = [answer(i, True, problem_type=f"kind {i}") for i in range(3000)]
+    for name in ("before", "after"):
+        write_evaluation(run, name, evaluated)
+    bad = {"step": 1, "when": "&" * 10**5, "file": "&" * 10**5, "line": 1, "reason": "&" * 10**5}
+    write_lines(run / "bad_samples.jsonl", [bad] * 200)
+    outside = {**sheet_row("videos/v0.mp4", "s0", "training", "t0"), "sheet": "../x.jpg"}
+    write_lines(run / "frames" / "index.jsonl", [outside] * 10_000)
+    (run / "summary.json").write_text(json.dumps({"title": "&" * 10**7}))
+    (run / "config.json").write_text(json.dumps({"run": {"output_dir": "&" * 10**7}}))
+    content = build_page(read_run(run))
+    assert len(content.encode()) <= MAX_BYTES
+    text = text_of(content)
+    assert "further notes" in text
+    assert "further lines are left out" in text
+    assert max(figure.count("<li>") for figure in content.split("<figure")[1:]) == MAX_LINES
+    assert content.partition('id="notes"')[2].partition("</ul>")[0].count("<li>") == MAX_NOTES + 1
+    assert content.partition('id="rates"')[2].partition("</table>")[0].count("<tr>") == 2 + 2 * (1 + MAX_KINDS)
+    assert re.search(r"\d+ groups are left out to keep the page small", text)
+
+
 def test_the_shares_of_the_page_leave_room_for_the_rest() -> None:
     assert browser.GROUP_BYTES + browser.PAIR_BYTES + browser.SHEET_BYTES <= MAX_BYTES - 2_000_000
 
@@ -329,6 +385,27 @@ def test_report_command_writes_page_and_chart(tmp_path: Path, capsys: pytest.Cap
     assert 'href="report.png"' in (run / "report.html").read_text()
     assert cli.main(["report", str(run), "--output", str(tmp_path / "new" / "mine.html")]) == 0
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"mine.html", "mine.png"}
+    assert "metrics.jsonl</a>" not in (tmp_path / "new" / "mine.html").read_text()  # which is not there
+
+
+def test_report_command_names_a_place_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "x.html"
+    assert cli.main(["report", str(run), "--output", str(target)]) == 2
+    png, html_ = capsys.readouterr().err.splitlines()
+    assert png.startswith(f"no x.png: {target.with_suffix('.png')} cannot be written (")
+    assert html_.startswith(f"error: {target} cannot be written (")
+    assert html_.endswith("choose another place with --output")
+    assert cli.main(["compare", str(run), "--out", str(tmp_path)]) == 2
+    assert "choose another place with --out\n" in capsys.readouterr().err
+
+
+def test_report_command_draws_names_that_look_like_formulas(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a$b_{$ \\frac")
+    write_lines(run / "metrics.jsonl", [metrics_row(step, **{r"rewards/$\frac{$": 1.0}) for step in range(1, 4)])
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.png").is_file()
 
 
 def test_report_command_writes_the_page_where_there_is_nothing_to_draw(

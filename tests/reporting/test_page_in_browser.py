@@ -18,16 +18,33 @@ PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=f"no browser here: none of {', '.join(NAMES)}")
 
 SHOWN = "[...document.querySelectorAll('{}')].filter((e) => !e.hidden)"
+# of every text that is seen, the smallest contrast (WCAG) with what is behind it, and the text
 CONTRAST = """
 (() => {
+  const parts = (color) => {
+    const [r, g, b, a = 1] = color.match(/-?[\\d.e-]+/g).map(Number);
+    return color.startsWith("color(") ? [r, g, b, a] : [r / 255, g / 255, b / 255, a];
+  };
   const light = (color) => {
-    const [r, g, b] = color.match(/[\\d.]+/g).map((x) => { x /= 255; return x <= 0.04 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; });
+    const [r, g, b] = parts(color).map((x) => (x <= 0.04 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const [a, b] = [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor].map(light);
-  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const behind = (e) => {
+    const color = getComputedStyle(e).backgroundColor;
+    return parts(color)[3] > 0.5 || !e.parentElement ? color : behind(e.parentElement);
+  };
+  const ratios = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode, e = text.parentElement;
+    if (!text.data.trim() || e.closest("script, .sheet") || !e.checkVisibility()) continue;
+    const style = getComputedStyle(e), isSvg = e instanceof SVGElement;
+    const [a, b] = [isSvg ? style.fill : style.color, behind(isSvg ? e.closest("figure") : e)].map(light);
+    ratios.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), text.data.trim()]);
+  }
+  return ratios.sort((a, b) => a[0] - b[0])[0];
 })()
-"""  # noqa: E501
+"""
 IS_DARK = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((x) => x < 60)"
 
 
@@ -115,11 +132,12 @@ def test_both_themes_are_readable_and_the_button_changes_them(browser: Browser, 
     for scheme in ("light", "dark"):
         browser.open(page, scheme=scheme)
         browser.run("localStorage.clear(); delete document.documentElement.dataset.theme")
+        browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         assert browser.run(IS_DARK) is (scheme == "dark")
-        assert browser.run(CONTRAST) > 7
+        assert browser.run(CONTRAST)[0] >= 4.5, browser.run(CONTRAST)
         click(browser, "#theme")
         assert browser.run(IS_DARK) is (scheme == "light")
-        assert browser.run(CONTRAST) > 7
+        assert browser.run(CONTRAST)[0] >= 4.5, browser.run(CONTRAST)
         browser.open(page, scheme=scheme)
         assert browser.run(IS_DARK) is (scheme == "light")  # kept
     browser.run("localStorage.clear()")
@@ -149,6 +167,8 @@ def test_charts_are_read_by_pointer_and_keys_at_the_same_update(browser: Browser
     for key, update in (("ArrowLeft", 20), ("ArrowLeft", 19), ("ArrowRight", 20), ("ArrowRight", 20)):
         browser.press(key)
         assert browser.run(at) == [f"· update {update}"]
+        said = browser.run("document.querySelector('#reading').textContent")
+        assert said.startswith(f"update {update}: total {update / 20:g}, ")
 
 
 def test_keyboard_reaches_every_control_in_order_and_shows_where_it_is(browser: Browser, page: str) -> None:
@@ -157,7 +177,7 @@ def test_keyboard_reaches_every_control_in_order_and_shows_where_it_is(browser: 
     for _ in range(60):
         browser.press("Tab")
         names = [
-            f"document.activeElement.{name}" for name in ("getAttribute('class')", "id", "dataset.view", "tagName")
+            f"document.activeElement.{name}" for name in ("getAttribute('class')", "dataset.view", "id", "tagName")
         ]
         seen.append(browser.run(" || ".join(names)))
         if seen[-1] == "BODY":  # behind the last of the page
@@ -169,6 +189,8 @@ def test_keyboard_reaches_every_control_in_order_and_shows_where_it_is(browser: 
         "[...document.querySelectorAll('#curves > .charts svg')].map((svg) => svg.classList.value || 'svg')"
     )
     assert [name for name in seen if name in ("svg", "stacked")] == charts
+    # Chromium stops at a drawing that listens for its loss of focus; other browsers only where it is said to be a stop.
+    assert browser.run("[...document.querySelectorAll('figure svg')].every((svg) => svg.tabIndex === 0)")
     browser.run("document.querySelector('[data-view=best]').focus()")
     browser.press("Enter")
     assert browser.run("document.querySelector('[data-view=best]').getAttribute('aria-pressed')") == "true"
@@ -203,6 +225,39 @@ def test_served_page_reloads_when_the_run_goes_on_and_keeps_its_filters(browser:
         server.shutdown()
     browser.wait_for("document.querySelector('#live').textContent.includes('has stopped')")
     assert any("ERR_CONNECTION_REFUSED" in error for error in browser.errors)
+    browser.errors.clear()
+
+
+def test_served_page_keeps_what_is_open_though_a_later_page_lacks_it(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    with RunServer(run, 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        browser.open(server.url)
+        text = "document.querySelector('.group[open]')?.textContent"
+        for selector in (".group:not([hidden])", ".pair", "#same"):
+            browser.run(f"document.querySelector({selector!r}).open = true")
+        browser.run("document.querySelector('.pair summary').focus()")
+        before = browser.run(text)
+        assert "update 20" in before
+        for last in (40, 60):
+            write_lines(run / "rollouts.jsonl", rollouts(last))
+            write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, last + 1)])
+            browser.wait_for(f"document.querySelector('.facts')?.textContent.includes('{last} of 20')")
+            browser.wait_for("document.documentElement?.dataset.ready === '1'")
+            assert browser.run("document.querySelector('.group[open]').hidden") is False
+            assert browser.run(text) == before
+            assert browser.run("document.querySelector('.group[open] img').naturalWidth > 0")
+            assert count(browser, "details[open]") == 3
+            assert browser.run("document.activeElement.parentElement.matches('.pair')")
+        assert browser.run("[...document.querySelectorAll('#step option')].filter((o) => o.value === '20').length") == 1
+        browser.run("document.querySelector('.group[open]').open = false")
+        write_lines(run / "rollouts.jsonl", rollouts(62))
+        write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, 63)])
+        browser.wait_for("document.querySelector('.facts')?.textContent.includes('62 of 20')")
+        browser.wait_for("document.documentElement?.dataset.ready === '1'")
+        assert browser.run("document.querySelector('#step').value") == "62"  # the newest again
+        server.shutdown()
+    browser.wait_for("document.querySelector('#live').textContent.includes('has stopped')")
     browser.errors.clear()
 
 

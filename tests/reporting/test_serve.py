@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +129,27 @@ def test_two_host_names_are_refused_and_localhost_is_not(server: RunServer) -> N
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\nHost: evil\r\n\r\n".encode())
         assert b" 403 " in connection.recv(100)
+
+
+def test_what_is_no_address_is_refused(server: RunServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"GET http://[ HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        assert b" 400 " in connection.recv(100)
+
+
+def test_a_browser_that_goes_away_is_no_error(server: RunServer, capfd: pytest.CaptureFixture[str]) -> None:
+    with open(server.page.folder / "large.bin", "wb") as file:
+        file.truncate(2**28)
+    before = threading.active_count()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"GET /large.bin HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+        connection.recv(100)
+    for _ in range(200):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() == before
+    assert capfd.readouterr().err == ""
 
 
 def test_a_taken_port_is_an_error_that_names_it(server: RunServer) -> None:

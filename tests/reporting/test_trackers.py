@@ -195,6 +195,14 @@ def test_a_missing_tracker_is_refused_with_what_to_install(
         check_trackers((name,))
 
 
+def test_a_missing_tensorboard_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_trackers(("tensorboard",))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(("jsonl",))
+    with pytest.raises(ConfigError, match="'tensorboard', which is not installed: pip install tensorboard, or leave"):
+        check_trackers(("jsonl", "tensorboard"))
+
+
 def test_wandb_without_a_key_is_refused_unless_it_is_offline(
     both: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

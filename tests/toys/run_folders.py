@@ -141,7 +141,8 @@ def write_run(folder: Path, *, seed: int = 3) -> Path:
     is fixed, one broken, one right and one wrong, contact sheets, a bad sample."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, seed=seed)
-    evaluated = {"eval/accuracy": 0.5, "eval/strict_accuracy": 0.25, "eval/accuracy/colour": 0.75}
+    evaluated = {"eval/accuracy": 0.5, "eval/strict_accuracy": 0.25}
+    evaluated |= {"eval/accuracy/colour": 0.75, "eval/strict_accuracy/colour": 0.5}
     rows = [metrics_row(step, **(evaluated if step % 10 == 0 else {})) for step in range(1, NUM_STEPS + 1)]
     write_lines(folder / "metrics.jsonl", rows)
     write_lines(folder / "rollouts.jsonl", rollouts())

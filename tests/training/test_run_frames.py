@@ -58,6 +58,8 @@ def test_every_clip_of_training_and_evaluation_has_its_frames(world: Path, held_
     found = {(row["when"], row["video"]) for row in rows}
     assert len(rows) == len(found)
     assert found == {("training", f"{i}.mp4") for i in range(6)} | {("evaluation", f"{i}.mp4") for i in range(4)}
+    hardware = json.loads((run / "hardware.json").read_text())
+    assert (hardware["device"], hardware["processes"]) == ("cpu", 1)
     for row in rows:
         root = world if row["when"] == "training" else held_out
         assert row["path"] == str(root / row["video"])

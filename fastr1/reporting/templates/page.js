@@ -50,7 +50,7 @@
       lines.forEach((points, i) => { values[i].textContent = short(points.values[nearest(points.steps, step)]); });
     }
   };
-  for (const { svg, first, last, lines } of figures) {
+  for (const { figure, svg, first, last, lines } of figures) {
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
       const share = ((event.clientX - box.left) / box.width * 460 - 48) / 404;
@@ -65,14 +65,27 @@
       const steps = lines[0].steps;
       const place = cursor === null ? steps.length - 1 : nearest(steps, cursor) + move;
       read(steps[Math.min(steps.length - 1, Math.max(0, place))]);
+      $("reading").textContent = "update " + cursor + ": " + all(".legend li", figure).map((line) => line.textContent.trim()).join(", ");
     });
   }
 
   // Filters. Their state outlives a reload of a live page.
   const key = "fastr1-filters" + location.pathname;
-  const state = { view: "update", step: "", signal: false, text: "", outcome: "", kind: "", open: [] };
+  const state = { view: "update", step: "", signal: false, text: "", outcome: "", kind: "", open: [], kept: [], reading: "", focus: "" };
   const isLive = "version" in document.body.dataset;
   try { if (isLive) Object.assign(state, JSON.parse(sessionStorage.getItem(key) || "{}")); } catch { /* begin anew */ }
+  // What is open stays open, under a name that a later page has too; groups that it shows no more are taken along.
+  const outer = (d) => d.parentElement.closest("[data-key]");
+  const name = (d) => d.id || d.dataset.key || outer(d).dataset.key + " " + all("details", outer(d)).indexOf(d);
+  if ($("groups")) {
+    const there = new Set(all(".group").map(name)), steps = new Set(all("#step option").map((o) => o.value));
+    for (const group of state.kept.filter((g) => !there.has(g.name))) {
+      $("groups").insertAdjacentHTML("beforeend", group.html);
+      if (!steps.has(group.step)) $("step").prepend(new Option(group.step + " (opened before)", group.step));
+      steps.add(group.step);
+    }
+  }
+  for (const d of all("details")) d.open = state.open.includes(name(d));
   const press = (selector, name, value) => all(selector).forEach((b) => b.setAttribute("aria-pressed", b.dataset[name] === value));
 
   const groups = all(".group");
@@ -109,11 +122,17 @@
     $("pair-count").textContent = number === 1 ? "1 question" : number + " questions";
   };
   const keep = () => {
-    state.open = all("details[open]").map((d) => all("details").indexOf(d));
-    try { if (isLive) sessionStorage.setItem(key, JSON.stringify(state)); } catch { /* then it is not kept */ }
+    const open = all("details[open]"), groups = open.filter((d) => d.matches(".group"));
+    state.open = open.map(name);
+    state.kept = groups.map((d) => ({ name: name(d), step: d.dataset.step, html: d.outerHTML }));
+    state.reading = state.view === "update" && groups.some((d) => !d.hidden) ? $("step").value : "";
+    const active = document.activeElement;
+    state.focus = active.matches("summary") ? name(active.parentElement) : active.id;
+    try { sessionStorage.setItem(key, JSON.stringify(state)); } catch { /* then it is not kept */ }
   };
   if ($("groups")) {
-    if (state.step && all("#step option").some((o) => o.value === state.step)) $("step").value = state.step;
+    const step = state.reading || state.step, far = (other) => Math.abs(other - step);
+    if (step && $("step").value) $("step").value = all("#step option").map((o) => o.value).reduce((a, b) => (far(b) < far(a) ? b : a));
     $("signal").checked = state.signal;
     $("group-text").value = state.text;
     all("#views button").forEach((b) => b.addEventListener("click", () => { state.view = b.dataset.view; showGroups(); }));
@@ -132,12 +151,15 @@
   showPairs();
 
   if (isLive) {
+    const focused = state.focus && ($(state.focus) || all("details").find((d) => name(d) === state.focus));
+    if (focused) (focused.matches("details") ? focused.querySelector("summary") : focused).focus({ preventScroll: true });
+    addEventListener("pagehide", keep);
     const ask = async () => {
       try {
         const answer = await fetch("/version", { cache: "no-store" });
         const version = await answer.text();
         $("live").textContent = "live: looks for news every 5 s";
-        if (answer.ok && version !== document.body.dataset.version) { keep(); location.reload(); }
+        if (answer.ok && version !== document.body.dataset.version) location.reload();
       } catch {
         $("live").textContent = "the server has stopped; this is the last state";
       }
