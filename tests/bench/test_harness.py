@@ -74,6 +74,30 @@ def test_rows_of_every_kind(tmp_path: Path) -> None:
         assert name in ours
 
 
+def test_a_slow_call_is_made_once_unless_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls = []
+
+    def call() -> Any:
+        calls.append(len(calls))
+        return {"x": torch.ones(3) * (1.01 if len(calls) in wrong else 1.0)}
+
+    def numbers(name: str, limit: float) -> tuple[int, int]:
+        monkeypatch.setattr(harness, "CPU_SLOW_FIRST_MS", limit)
+        calls.clear()
+        row = measured(new_group(), name, call)
+        assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
+        return len(calls), row.get("rounds", 0)
+
+    wrong: set[int] = set()
+    assert numbers("peer", limit=1e6) == (1 + 3, 3)
+    assert numbers("peer", limit=0.0) == (1, 1)
+    assert numbers("torch.compile", limit=0.0) == (1 + 1 + 3, 3)
+    assert numbers("ours", limit=0.0) == (1 + 1, 1)  # again, for the spread
+    wrong = {1}
+    assert numbers("peer", limit=0.0) == (1, 0)
+
+
 def test_other_errors_are_raised_and_so_are_missing_outputs() -> None:
     def broken() -> Any:
         raise RuntimeError("shape mismatch")
