@@ -9,11 +9,9 @@ from typing import Any
 import harness
 import pytest
 import torch
-from shapes import cases_of
+from shapes import cases_of, is_slow
 
 GROUPS: dict[Any, harness.Group] = {}
-# On a CPU measured with a trained head alone: a frozen one spares them little, and compiling takes long.
-SLOW_WITH_ANY_HEAD = ("torch.compile", "Liger scaled cross-entropy", "TRL ChunkedLogProbFunction")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,11 +31,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     full = metafunc.config.getoption("--full")
     pairs = [
-        pytest.param(case, name, make, id=f"{case.label}-{name}")
+        pytest.param(case, name, make, id=f"{case.label}-{name}", marks=[pytest.mark.slow] * is_slow(case, name))
         for op, providers in metafunc.module.OPS.items()
         for case in cases_of(op, full)
         for name, make in providers.items()
-        if full or torch.cuda.is_available() or not (case.frozen and name in SLOW_WITH_ANY_HEAD)
+        if not (case.frozen and name == "torch.compile" and not torch.cuda.is_available())  # minutes of compilation
     ]
     metafunc.parametrize(("case", "provider", "make"), pairs)
 

@@ -30,8 +30,8 @@ SEED = 0
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of the error's norm over that of the reference
 SLOW_MS = 3000.0  # of all rounds of a provider, roughly
 SLOW_CALL_MS = 1500.0  # a call that takes longer is measured once
-CPU_SLOW_MS, CPU_SLOW_CALL_MS = 2000.0, 1000.0  # where a first call compiles nothing
-CPU_SLOW_FIRST_MS = 3000.0  # there a first call that takes longer is the measured one
+CPU_SLOW_MS = 2000.0  # of all rounds on a CPU
+CPU_QUICK_CALL_MS = 300.0  # there a call that takes longer is not made once more for its memory
 FLUSHED_BYTES = 256 * 2**20  # more than any L2 cache
 
 Outputs = dict[str, Tensor]
@@ -179,15 +179,13 @@ def first_call_ms(call: Call, outputs: list[Outputs]) -> float:
 
 
 def time_and_memory(call: Call, row: dict[str, Any], case: AnyCase, benchmark: Any, rounds: int) -> list[float]:
-    """Milliseconds of each round. The memory is that of the first call; where this one compiles, on a GPU or by name,
-    that of a call before the rounds, or of the only one where a call is slow."""
+    """Milliseconds of each round; the memory is that of a call before them, or of the only one where a call is slow. On
+    a CPU that of the first call, unless it compiles, which says nothing about the next, or a call is quick."""
     times: list[float] = []
-    compiles = "compile" in row["provider"]  # at the first call, which says nothing about the next
+    compiles = "compile" in row["provider"]
     first_ms = row["first_ms"]
-    if not compiles and device().type == "cpu":
-        if first_ms > CPU_SLOW_FIRST_MS:
-            return [first_ms]
-        few = 1 if first_ms > CPU_SLOW_CALL_MS else 2
+    if device().type == "cpu" and first_ms > CPU_QUICK_CALL_MS and not compiles:
+        few = 1 if first_ms > SLOW_CALL_MS else 2
         return timed(call, case, benchmark, max(few, min(rounds, int(CPU_SLOW_MS / first_ms))))
     if first_ms > SLOW_CALL_MS and not compiles:
         row["peak_bytes"] = peak_bytes(lambda: times.extend(timed(call, case, benchmark, 1)))

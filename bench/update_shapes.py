@@ -111,7 +111,6 @@ def update_cases(op: str, full: bool) -> list[UpdateCase]:
 LEFT_OUT = {
     ("long prompt", "ours, whole logits"),
     ("long prompt", "ours, padded, not shared"),
-    ("long prompt", "before"),
     ("text alone", "before"),
     ("text alone", "original's schedule"),
     ("demo", "TRL GRPOTrainer"),
