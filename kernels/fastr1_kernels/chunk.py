@@ -58,9 +58,11 @@ class Chunk:
         multiply_into(product, hidden, self.head, self.options.lora_scale)
         return product if product.dtype == self.wide.dtype else self.wide[:rows].copy_(product)
 
-    def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-        """logps and entropy (C,) of rows (C, D); `temperature` is (C,), or None for that of the options. What the
-        gradient needs beside them is in `state`, (2, C)."""
+    def score(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """logps and entropy (C,) of rows (C, D), zeros for the entropy where it is not computed; `temperature` is (C,),
+        or None for that of the options. What the gradient needs beside them is in `state`, (2, C)."""
         raise NotImplementedError
 
     def restore(
@@ -86,22 +88,26 @@ class TorchChunk(Chunk):
     def work_dtype(self) -> torch.dtype:
         return sum_dtype(self.logits.dtype)
 
-    def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         x = self.multiply(hidden)
         self.token_ids = token_ids[:, None]
         self.temperature = None if temperature is None else temperature.to(x.dtype)[:, None]
-        self.state, (logps, entropy) = torch.empty(2, 2, len(x), 1, dtype=x.dtype, device=x.device).unbind()
+        self.state, (logps, entropy) = torch.zeros(2, 2, len(x), 1, dtype=x.dtype, device=x.device).unbind()
         self.top, self.total = self.state
         for rows in self._blocks(len(x)):
             self._shape(x[rows], rows)
             token = x[rows].gather(1, self.token_ids[rows])
             torch.amax(x[rows], 1, keepdim=True, out=self.top[rows])
-            shifted = torch.sub(x[rows], self.top[rows], out=self.scratch[: len(token)])
+            into = self.scratch[: len(token)] if compute_entropy else x[rows]
+            shifted = torch.sub(x[rows], self.top[rows], out=into)
             torch.exp(shifted, out=x[rows])
             torch.sum(x[rows], 1, keepdim=True, out=self.total[rows])
             log_total = self.total[rows].log()
             logps[rows] = token - self.top[rows] - log_total
-            entropy[rows] = log_total - moment(shifted, x[rows]) / self.total[rows]
+            if compute_entropy:
+                entropy[rows] = log_total - moment(shifted, x[rows]) / self.total[rows]
         self.entropy, self.state = entropy, self.state.squeeze(2)
         return logps.squeeze(1), entropy.squeeze(1)
 
@@ -165,9 +171,12 @@ class TritonChunk(Chunk):
     def work_dtype(self) -> torch.dtype:
         return self.product_dtype
 
-    def score(self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(
+        self, hidden: Tensor, token_ids: Tensor, temperature: Tensor | None, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         self.rows, self.token_ids = as_grid(self.multiply(hidden)), token_ids
-        logps, self.entropy, self.state = compute_scores(self.rows, token_ids, None, self._temperature(), True)
+        scores = compute_scores(self.rows, token_ids, None, self._temperature(), compute_entropy)
+        logps, self.entropy, self.state = scores
         return logps, self.entropy
 
     def restore(
