@@ -39,7 +39,7 @@ from ..token_loss import LossOutput, metric_names
 from .advantages import BLOCK_REWARDS, launch_group_advantages
 from .loss_kernel import grpo_rows_kernel
 from .policy import policy_arguments
-from .rows import gradient_arguments, grid_arguments, row_launch_config, row_width, scale_rows_kernel
+from .rows import gradient_arguments, grid_arguments, row_launch_config, scale_rows_kernel
 from .terms import METRIC_TERMS, NUM_TERMS, TERM_ENTROPY, TERM_LOGP, TERM_LOSS
 
 # A program that would read more rewards than this for its advantage finds it computed by a launch before.
@@ -104,7 +104,7 @@ def _launch(
                 HAS_BONUS=options.entropy_coef != 0,
                 BLOCK_R=BLOCK_REWARDS,
                 **policy_arguments(options),
-                **row_launch_config(logits.shape[2], row_width(logits, gradient)),
+                **row_launch_config(logits, gradient),
             )
     return terms.sum(1), terms, computed
 
@@ -148,7 +148,7 @@ def scale_rows(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -> N
                 d_loss_ptr=d_loss.contiguous(),
                 grad_scale_ptr=grad_scale,
                 **grid_arguments(d_logits),
-                **row_launch_config(d_logits.shape[2], row_width(d_logits)),
+                **row_launch_config(d_logits),
             )
 
 
