@@ -209,10 +209,11 @@ MUTATIONS = (
         "logits restored without their shift",
         LINEAR,
         "chunk.py",
-        "x[rows].sub_(self.top[rows]).exp_()",
+        "torch.softmax(x[rows], 1, out=x[rows])",
         "x[rows].exp_()",
     ),
     one("only the last chunk trains the head", LINEAR, "head.py", "0.0 if self.is_empty else 1.0", "0.0"),
+    one("rows of the head's gradient without their factor", LINEAR, "head.py", "hidden * factor", "hidden * 1"),
     one(
         "entropy summed unasked", ENTROPY, "losses.py", "compute_entropy=arguments.has_entropy", "compute_entropy=True"
     ),
