@@ -102,7 +102,7 @@ COSTS: dict[str, tuple[Callable[[], None], int, float, float, int]] = {
     "loss_in_place": (lambda: call_loss(inplace=True), 2, 122, 116, 40),
     "loss_and_entropy": (lambda: call_loss(return_entropy=True), 2, 156, 116, 40),
     "loss_with_entropy_bonus": (lambda: call_loss(entropy_coef=0.1), 2, 156, 145, 40),
-    "loss_float32": (lambda: call_loss(dtype=torch.float32), 4, 136, 88, 40),
+    "loss_float32": (lambda: call_loss(dtype=torch.float32), 4, 98, 88, 40),
     "loss_and_entropy_float32": (lambda: call_loss(dtype=torch.float32, return_entropy=True), 4, 136, 88, 40),
     "logps": (lambda: call_scores(), 2, 122, 122, 40),
     "logps_and_entropy": (lambda: call_scores(VOCABULARY, torch.bfloat16, 0, 1), 2, 156, 145, 40),
