@@ -44,12 +44,13 @@ $(PEERS): $(READY)
 	@touch $@
 
 bench: $(PEERS)  ## losses, loading, rollouts and updates against others, 6 minutes on 2 cores; rows into bench/results, table into the README
+	@# Without -m, three minutes: less of loading, rollouts and updates, and without the slowest providers.
 	$(BIN)/python -m pytest tests/losses/test_compat_*.py
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only -m "not gpu"
 	$(BIN)/python bench/report.py
 
 bench-gpu: $(PEERS)  ## the same with the shapes of a large GPU: cold and warm cache, dead rows, first calls, targets
-	$(BIN)/python -m pytest bench --benchmark-only --full
+	$(BIN)/python -m pytest bench --benchmark-only --full -m "slow or not slow"
 	$(BIN)/python bench/report.py
 
 mutants: $(READY)  ## does a wrong sign, mask or scale in the losses turn their tests red? about 10 minutes

@@ -9,7 +9,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from shapes import cases_of
+from shapes import cases_of, is_slow
 
 GROUPS: dict[Any, harness.Group] = {}
 
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     full = metafunc.config.getoption("--full")
     pairs = [
-        pytest.param(case, name, make, id=f"{case.label}-{name}")
+        pytest.param(case, name, make, id=f"{case.label}-{name}", marks=[pytest.mark.slow] * is_slow(case, name))
         for op, providers in metafunc.module.OPS.items()
         for case in cases_of(op, full)
         for name, make in providers.items()

@@ -30,6 +30,8 @@ SEED = 0
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of the error's norm over that of the reference
 SLOW_MS = 3000.0  # of all rounds of a provider, roughly
 SLOW_CALL_MS = 1500.0  # a call that takes longer is measured once
+CPU_SLOW_MS = 2000.0  # of all rounds on a CPU
+CPU_QUICK_CALL_MS = 300.0  # there a call that takes longer is not made once more for its memory
 FLUSHED_BYTES = 256 * 2**20  # more than any L2 cache
 
 Outputs = dict[str, Tensor]
@@ -139,13 +141,9 @@ def measure(group: Group, name: str, make: Callable[[Any], Call], benchmark: Any
     group.rows.append(row)
     try:
         call = make(group.inputs)
-        synchronise()
-        start = time.perf_counter()
-        outputs = call()
-        synchronise()
-        row["first_ms"] = 1e3 * (time.perf_counter() - start)
-        row["errors"] = group.errors(outputs)
-        del outputs
+        first: list[Outputs] = []
+        row["peak_bytes"] = peak_bytes(lambda: row.update(first_ms=first_call_ms(call, first)))
+        row["errors"] = group.errors(first.pop())
         strict = group.strict_tolerance
         tolerance = strict if name.startswith("ours") else group.tolerance or strict
         row["match"] = all(e <= tolerance for e in row["errors"].values())
@@ -172,11 +170,24 @@ def measure(group: Group, name: str, make: Callable[[Any], Call], benchmark: Any
     return row
 
 
+def first_call_ms(call: Call, outputs: list[Outputs]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    outputs.append(call())
+    synchronise()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def time_and_memory(call: Call, row: dict[str, Any], case: AnyCase, benchmark: Any, rounds: int) -> list[float]:
-    """Milliseconds of each round; the memory is that of a call before them, or of the only one where a call is slow."""
+    """Milliseconds of each round; the memory is that of a call before them, or of the only one where a call is slow. On
+    a CPU that of the first call, unless it compiles, which says nothing about the next, or a call is quick."""
     times: list[float] = []
-    compiles = "compile" in row["provider"]  # at the first call, which says nothing about the next
-    if row["first_ms"] > SLOW_CALL_MS and not compiles:
+    compiles = "compile" in row["provider"]
+    first_ms = row["first_ms"]
+    if device().type == "cpu" and first_ms > CPU_QUICK_CALL_MS and not compiles:
+        few = 1 if first_ms > SLOW_CALL_MS else 2
+        return timed(call, case, benchmark, max(few, min(rounds, int(CPU_SLOW_MS / first_ms))))
+    if first_ms > SLOW_CALL_MS and not compiles:
         row["peak_bytes"] = peak_bytes(lambda: times.extend(timed(call, case, benchmark, 1)))
         return times
     row["peak_bytes"] = peak_bytes(lambda: times.append(time_ms_once(call, case)))

@@ -158,23 +158,30 @@ def score_group(case: Case, linear: bool) -> Group:
 
 
 def gemm_floor(case: Case, products: int) -> tuple[float, tuple[float, str]]:
-    """Milliseconds of the bare products of the loss tokens: logits, their gradient times the head, and times hidden."""
+    """Milliseconds of the first bare products of the loss tokens, and their operations."""
+    live = round(case.rows * (1 - case.dead))
+    times = product_ms(replace(case, frozen=False), 1 if products == 1 else 3)
+    return sum(times[:products]), (2.0 * products * live * case.width * case.vocabulary, "TFLOP/s")
+
+
+@lru_cache(maxsize=1)
+def product_ms(case: Case, number: int) -> list[float]:
+    """Of the logits, of their gradient times the head, and times hidden; once for a trained and a frozen head."""
     live, width, vocabulary = round(case.rows * (1 - case.dead)), case.width, case.vocabulary
     options: dict[str, Any] = {"dtype": case.torch_dtype, "device": harness.device()}
     hidden, weight = torch.ones(live, width, **options), torch.ones(vocabulary, width, **options)
     logits = torch.empty(live, vocabulary, **options)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    milliseconds = harness.time_ms(lambda: torch.mm(hidden, weight.T, out=logits), 3)
-    if products > 1:
-        milliseconds += harness.time_ms(lambda: torch.mm(logits, weight, out=d_hidden), 3)
-    if products > 2:  # whichever of the two layouts is the faster one here
+    times = [harness.time_ms(lambda: torch.mm(hidden, weight.T, out=logits), 3)]
+    if number > 1:
+        times.append(harness.time_ms(lambda: torch.mm(logits, weight, out=d_hidden), 3))
         transposed = d_weight.view(width, vocabulary)
         layouts = (
             (lambda: torch.mm(logits.T, hidden, out=d_weight)),
             (lambda: torch.mm(hidden.T, logits, out=transposed)),
         )
-        milliseconds += min(harness.time_ms(layout, 3) for layout in layouts)
-    return milliseconds, (2.0 * products * live * width * vocabulary, "TFLOP/s")
+        times.append(min(harness.time_ms(layout, 3) for layout in layouts))  # whichever is the faster one here
+    return times
 
 
 def bandwidth_floor(case: Case, passes: int) -> tuple[float, tuple[float, str]]:

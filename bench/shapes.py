@@ -123,6 +123,26 @@ def cases_of(op: str, full: bool) -> list[Any]:
 
 LINEAR = "linear_grpo_loss"
 
+# Without these, which are marked `slow`, the benches take three minutes on a CPU; `make bench` runs all. They are every
+# case but one of loading, rollouts and updates, and providers that are long or ours as it was.
+SLOW_PROVIDERS = (
+    *("before", "ours, padded, not shared", "ours, prompts not shared", "original's schedule"),
+    *("generate, static cache", "PyAV, all frames preprocessed"),
+)
+SLOW_WITH_FROZEN_HEAD = ("Liger scaled cross-entropy", "TRL ChunkedLogProbFunction")  # which spares them little
+
+
+def is_slow(case: AnyCase, provider: str) -> bool:
+    if torch.cuda.is_available():
+        return False
+    if isinstance(case, LoadingCase):
+        return case.height > VIDEO_SIZES[0][1] or provider in SLOW_PROVIDERS
+    if isinstance(case, UpdateCase):
+        return case.name != "demo" or provider in SLOW_PROVIDERS
+    compiles = case.op == LINEAR and provider == "torch.compile"
+    return compiles or (case.frozen and provider in SLOW_WITH_FROZEN_HEAD)
+
+
 # Milliseconds on one H200 at 8,192 rows of MAIN_HEAD in bfloat16, warm and without dead rows: (op, frozen) → limit.
 TARGETS_MS = {
     ("grpo_loss", False): 1.3,

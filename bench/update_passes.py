@@ -97,6 +97,7 @@ def loss_of_logits(work: Work, batch: Batch, micro_batch: MicroBatch, tokens: Se
         advantages=batch.advantages[torch.tensor(micro_batch.rows, device=ids.device)],
         ref_logps=None if batch.ref_logps is None else batch.ref_logps.flatten()[places],
         normalizer=work.normalizer,
+        return_entropy=True,
         check_values=work.model.device.type == "cpu",
         options=options(work),
     )
@@ -170,7 +171,7 @@ def loss_arguments(work: Work, rows: slice, mask: Tensor) -> dict[str, Any]:
     batch = work.batch
     ref_logps = None if batch.ref_logps is None else batch.ref_logps[rows, : mask.shape[1]]
     given = {"mask": mask, "advantages": batch.advantages[rows], "ref_logps": ref_logps}
-    return {**given, "normalizer": work.normalizer, "options": options(work)}
+    return {**given, "normalizer": work.normalizer, "return_entropy": True, "options": options(work)}
 
 
 def padded_states(

@@ -22,6 +22,7 @@ LOSS_KERNEL = ("tests/losses/test_loss_kernels.py", "tests/losses/test_losses.py
 ADVANTAGES = ("tests/losses/test_advantages.py",)
 LINEAR = ("tests/losses/test_linear_logps.py", "tests/losses/test_linear_loss.py")
 LOGPS = ("tests/losses/test_logps.py", "tests/losses/test_loss_numbers.py", "tests/losses/test_losses.py")
+ENTROPY = ("tests/losses/test_entropy.py",)
 COMPILED = ("tests/losses/test_compiled.py",)
 COMPAT = ("tests/losses/test_compat_liger.py", "tests/losses/test_compat_trl.py", "tests/losses/test_compat_verl.py")
 
@@ -208,10 +209,15 @@ MUTATIONS = (
         "logits restored without their shift",
         LINEAR,
         "chunk.py",
-        "x[rows].sub_(self.top[rows]).exp_()",
+        "torch.softmax(x[rows], 1, out=x[rows])",
         "x[rows].exp_()",
     ),
     one("only the last chunk trains the head", LINEAR, "head.py", "0.0 if self.is_empty else 1.0", "0.0"),
+    one("rows of the head's gradient without their factor", LINEAR, "head.py", "hidden * factor", "hidden * 1"),
+    one(
+        "entropy summed unasked", ENTROPY, "losses.py", "compute_entropy=arguments.has_entropy", "compute_entropy=True"
+    ),
+    one("entropy of the rows in a chunk", ENTROPY, "linear.py", "loss.has_entropy)), loss.unit", "True)), loss.unit"),
     one("gradient of a head without rows", LINEAR, "head.py", "self.sums[0].zero_()", "pass"),
     Mutation(
         "gradient of the hidden states",

@@ -118,6 +118,7 @@ def compute_loss(
         ref_logps=of_tokens(batch.ref_logps),
         sampler_logps=of_tokens(batch.rollout.sampler_logps if corrects_sampler else None),
         normalizer=normalizer,
+        return_entropy=True,
         check_values=check_values,
         options=options,
     )

@@ -31,7 +31,13 @@ class LossArguments:
     ref_logps: Tensor | None = None  # per token, of the reference policy
     sampler_logps: Tensor | None = None  # per token, of the engine that sampled
     normalizer: float | Tensor | None = None  # loss tokens or sequences of the whole update: LOSSES[loss_type].counts
+    return_entropy: bool = False
     check_values: bool = True  # False: nothing reads values of a tensor, so that nothing waits for the device
+
+    @property
+    def has_entropy(self) -> bool:
+        """Entropies are computed where the call asks for them or its loss reads them."""
+        return self.return_entropy or self.options.reads_entropy
 
 
 def check_shape(name: str, x: object, shape: tuple[int, ...], device: torch.device) -> None:

@@ -83,6 +83,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, 
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=alpha, beta=beta, out=total)
 
 
+def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """x · factor, in the dtype of x; in place."""
+    return x if factor is None else x.mul_(factor)
+
+
 class HeadGradients:
     """Sums the gradients of `hidden` (N, D) and of the head over chunks of rows.
 
@@ -103,24 +108,27 @@ class HeadGradients:
             0, torch.empty(weight.shape, dtype=sum_dtype(weight.dtype), device=weight.device) if needed[1] else None
         )
 
-    def add(self, rows: slice | Tensor, hidden: Tensor, d_logits: Tensor, wide: Tensor) -> None:
+    def add(self, rows: slice | Tensor, hidden: Tensor, d_logits: Tensor, wide: Tensor, factor: Tensor | None) -> None:
         """Add a chunk: its `rows` of the gradient of hidden, hidden itself (C, D), dz in its dtype and in float32 (or
-        twice the same)."""
+        twice the same), and what the rows of dz are still to be multiplied by, (C, 1)."""
         weight, _, lora_a, lora_b = self.head
         d_weight, d_bias, d_lora_a, d_lora_b = self.sums
         if self.hidden is not None:
             if isinstance(rows, slice):
                 torch.mm(d_logits, weight, out=self.hidden[rows])
+                if factor is not None:
+                    self.hidden[rows].mul_(factor)
             else:
-                self.hidden.index_copy_(0, rows, d_logits @ weight)
+                self.hidden.index_copy_(0, rows, _scaled(d_logits @ weight, factor))
+        weighted = hidden if factor is None else hidden * factor
         if d_weight is not None:
-            add_product(d_weight, wide.T, hidden, beta=0.0 if self.is_empty else 1.0)
+            add_product(d_weight, wide.T, weighted, beta=0.0 if self.is_empty else 1.0)
         self.is_empty = False
         if d_bias is not None:
-            d_bias += wide.sum(0, dtype=d_bias.dtype)
+            d_bias += wide.sum(0, dtype=d_bias.dtype) if factor is None else (factor.T @ wide).squeeze(0)
         if lora_a is None or lora_b is None:
             return
-        d_low = d_logits @ lora_b  # (C, r)
+        d_low = _scaled(d_logits @ lora_b, factor)  # (C, r)
         if self.hidden is not None:
             d_hidden = self.lora_scale * (d_low @ lora_a)
             if isinstance(rows, slice):
@@ -130,7 +138,7 @@ class HeadGradients:
         if d_lora_a is not None:
             add_product(d_lora_a, d_low.T, hidden, self.lora_scale)
         if d_lora_b is not None:
-            add_product(d_lora_b, wide.T, hidden @ lora_a.T, self.lora_scale)
+            add_product(d_lora_b, wide.T, _scaled(hidden @ lora_a.T, factor), self.lora_scale)
 
     def results(self) -> list[Tensor | None]:
         """The gradients of hidden and of the fields of the head, None where not needed."""

@@ -137,7 +137,7 @@ def linear_loss(
     )
     if is_whole and (trained or (has_grad and hidden.requires_grad)):
         return loss_of_chunks(rows, head, options, loss), loss.unit
-    return loss.output(*chunked_linear_logps(rows, head, options)), loss.unit
+    return loss.output(*chunked_linear_logps(rows, head, options, loss.has_entropy)), loss.unit
 
 
 def linear_rows(hidden: Tensor, token_ids: Tensor, temperatures: Tensor | None, chunk_size: int) -> Rows:
@@ -195,16 +195,17 @@ def loss_of_chunks(rows: Rows, head: HeadTensors, options: HeadOptions, loss: To
         for i, chunk in enumerate(rows.chunks):
             index = rows.index(chunk)
             hidden, ids, temperature = rows.inputs(chunk)
-            logps[index], entropy[index] = (rows.live(chunk, x) for x in buffers.score(hidden, ids, temperature))
+            scores = buffers.score(hidden, ids, temperature, loss.has_entropy)
+            logps[index], entropy[index] = (rows.live(chunk, x) for x in scores)
             if i < rows.signal:
                 numbers = (
                     index if isinstance(index, Tensor) else torch.arange(index.start, index.stop, device=logps.device)
                 )
                 d_logps, d_entropy = loss.gradients(logps[index], entropy[index], numbers)
                 gradients.add(index, hidden, *buffers.gradient(d_logps, d_entropy))
-        value, metrics, logps, entropy, advantages = loss.output(logps, entropy)
+        value, *others = loss.output(logps, entropy)
     value = _GivenGradients.apply(value, gradients.results(), loss.unit, *inputs)
-    return value, metrics, logps, entropy, advantages
+    return value, *others
 
 
 class _GivenGradients(torch.autograd.Function):
@@ -228,13 +229,17 @@ class _GivenGradients(torch.autograd.Function):
         return None, None, None, *(scale_to(x, dtype, factor) for x, dtype in zip(sums, ctx.dtypes, strict=True))
 
 
-def chunked_linear_logps(rows: Rows, head: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor]:
+def chunked_linear_logps(
+    rows: Rows, head: HeadTensors, options: HeadOptions, compute_entropy: bool
+) -> tuple[Tensor, Tensor]:
     """logps and entropy (N,), zeros in the rows that are not computed; differentiable once."""
-    logps, entropy, _ = _LinearLogps.apply(rows.hidden, *head, rows, options)
+    logps, entropy, _ = _LinearLogps.apply(rows.hidden, *head, rows, options, compute_entropy)
     return logps, entropy
 
 
-def score_chunks(rows: Rows, head: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+def score_chunks(
+    rows: Rows, head: HeadTensors, options: HeadOptions, compute_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """logps and entropy (N,), and what the gradient needs of a row beside its entropy, (2, N)."""
     logps, entropy = rows.outputs()
     state = logps.new_zeros(2, len(logps))
@@ -242,7 +247,8 @@ def score_chunks(rows: Rows, head: HeadTensors, options: HeadOptions) -> tuple[T
         buffers = rows.buffers(head, options)
         for chunk in rows.chunks:
             index = rows.index(chunk)
-            logps[index], entropy[index] = (rows.live(chunk, x) for x in buffers.score(*rows.inputs(chunk)))
+            scores = buffers.score(*rows.inputs(chunk), compute_entropy)
+            logps[index], entropy[index] = (rows.live(chunk, x) for x in scores)
             state[:, index] = buffers.state
     return logps, entropy, state
 
@@ -285,9 +291,10 @@ class _LinearLogps(torch.autograd.Function):
         lora_b: Tensor | None,
         rows: Rows,
         options: HeadOptions,
+        compute_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = HeadTensors(weight, bias, lora_a, lora_b)
-        outputs = score_chunks(rows, head, options)
+        outputs = score_chunks(rows, head, options, compute_entropy)
         ctx.save_for_backward(hidden, *head, rows.token_ids, rows.temperature, rows.mask, rows.order, *outputs[1:])
         ctx.chunks, ctx.signal, ctx.options = rows.chunks, rows.signal, options
         ctx.set_materialize_grads(False)
@@ -302,8 +309,8 @@ class _LinearLogps(torch.autograd.Function):
             raise RuntimeError(ONCE)
         hidden, weight, bias, lora_a, lora_b, token_ids, temperature, mask, order, entropy, state = ctx.saved_tensors
         if d_logps is None and d_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         head = HeadTensors(weight, bias, lora_a, lora_b)
         rows = Rows(hidden, token_ids, temperature, mask, order, ctx.chunks, ctx.signal)
         upstream, needed = (d_logps, d_entropy), ctx.needs_input_grad[:5]
-        return *logps_gradients(rows, head, ctx.options, entropy, state, *upstream, needed), None, None
+        return *logps_gradients(rows, head, ctx.options, entropy, state, *upstream, needed), None, None, None

@@ -35,16 +35,18 @@ def compiled_linear_logps(
     temperatures: Tensor | None,  # (N,)
     chunk_size: int,
     options: HeadOptions,
+    compute_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     values = _head_values(options) | {"temperature": options.temperature}
-    logps, entropy, _ = linear_logps_op(hidden, *head, token_ids, temperatures, chunk_size, **values)
+    sizes = (chunk_size, compute_entropy)
+    logps, entropy, _ = linear_logps_op(hidden, *head, token_ids, temperatures, *sizes, **values)
     return logps, entropy
 
 
 def _linear_logps(hidden: Tensor, *arguments: Any, **values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *head, token_ids, temperatures, chunk_size = arguments
+    *head, token_ids, temperatures, chunk_size, compute_entropy = arguments
     rows = linear_rows(hidden, token_ids, temperatures, chunk_size)
-    return score_chunks(rows, HeadTensors(*head), HeadOptions(**values))
+    return score_chunks(rows, HeadTensors(*head), HeadOptions(**values), compute_entropy)
 
 
 _LOGPS_SCHEMA = f"(Tensor hidden, {_HEAD_SCHEMA}, Tensor token_ids, Tensor? temperatures, int chunk_size"
@@ -52,7 +54,8 @@ linear_logps_op = torch.library.custom_op(
     "fastr1::linear_logps",
     _linear_logps,
     mutates_args=(),
-    schema=f"{_LOGPS_SCHEMA}, *, {_HEAD_OPTIONS_SCHEMA}, float temperature) -> (Tensor, Tensor, Tensor)",
+    schema=f"{_LOGPS_SCHEMA}, bool compute_entropy, *, {_HEAD_OPTIONS_SCHEMA}, float temperature) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -91,7 +94,7 @@ def _new_gradients(inputs: tuple[Tensor | None, ...], needed: list[bool]) -> lis
 
 
 def _save_logps(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    *tensors, chunk_size = inputs
+    *tensors, chunk_size, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.chunk_size, ctx.values = chunk_size, keyword_only_inputs
     ctx.set_materialize_grads(False)
@@ -102,11 +105,11 @@ def _logps_backward(ctx: Any, d_logps: Tensor | None, d_entropy: Tensor | None, 
         raise RuntimeError(ONCE)
     *tensors, entropy, state = ctx.saved_tensors
     if d_logps is None and d_entropy is None:
-        return (None,) * 8
+        return (None,) * 9
     needed = list(ctx.needs_input_grad[:5])
     numbers = (ctx.chunk_size, entropy, state, d_logps, d_entropy)
     gradients = linear_logps_backward_op(*tensors, *numbers, needed=needed, **ctx.values)
-    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, None, None
+    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), *(None,) * 4
 
 
 linear_logps_op.register_autograd(_logps_backward, setup_context=_save_logps)
@@ -147,6 +150,7 @@ def compiled_linear_loss(
         a.num_generations,
         chunk_size,
         num_loss_tokens,
+        a.return_entropy,
         needed,
         **_head_values(options),
         **option_values(a.options),
@@ -154,16 +158,22 @@ def compiled_linear_loss(
     names = metric_names(a)
     sums = sums.detach()
     metrics = {name: (sums[i], count) for i, name in enumerate(names)}
-    return loss, metrics, logps.detach(), entropy.detach(), advantages.detach()
+    entropies = entropy.detach() if a.has_entropy else None
+    return loss, metrics, logps.detach(), entropies, advantages.detach()
 
 
 def _linear_loss(hidden: Tensor, *inputs: Any, **values: Any) -> tuple[Any, ...]:
     head, (token_ids, mask, temperatures), given, numbers = inputs[:4], inputs[4:7], inputs[7:16], inputs[16:]
-    num_generations, chunk_size, num_loss_tokens, needed = numbers
+    num_generations, chunk_size, num_loss_tokens, return_entropy, needed = numbers
     head_options = HeadOptions(temperature=values["temperature"], **{n: values.pop(n) for n in _HEAD_OPTIONS})
     tensors = dict(zip(_GIVEN, given, strict=True))
     arguments = LossArguments(
-        options=LossOptions(**values), mask=mask, num_generations=num_generations, check_values=False, **tensors
+        options=LossOptions(**values),
+        mask=mask,
+        num_generations=num_generations,
+        return_entropy=return_entropy,
+        check_values=False,
+        **tensors,
     )
     with _recording():
         leaves = [
@@ -180,7 +190,9 @@ def _linear_loss(hidden: Tensor, *inputs: Any, **values: Any) -> tuple[Any, ...]
     assert tuple(metrics) == metric_names(arguments)
     sums = torch.stack([total for total, _ in metrics.values()])
     count = next(iter(metrics.values()))[1].clone()
-    logps, entropy, advantages = (x.clone(memory_format=torch.contiguous_format) for x in per_token)
+    logps, entropy, advantages = (
+        hidden.new_empty(0) if x is None else x.clone(memory_format=torch.contiguous_format) for x in per_token
+    )
     return loss.detach(), unit, sums, count, logps, entropy, advantages, gradients
 
 
@@ -196,7 +208,8 @@ linear_loss_op = torch.library.custom_op(
     schema=f"(Tensor hidden, {_HEAD_SCHEMA}, Tensor token_ids, Tensor mask, Tensor? temperatures, Tensor? cu_seqlens, "
     "Tensor? rewards, Tensor? group_ids, Tensor? sequence_index, Tensor? advantages, Tensor? old_logps, "
     "Tensor? ref_logps, Tensor? sampler_logps, Tensor? normalizer, int? num_generations, "
-    f"int? chunk_size, SymInt? num_loss_tokens, bool[] needed, *, {_HEAD_OPTIONS_SCHEMA}, {OPTIONS_SCHEMA}) "
+    "int? chunk_size, SymInt? num_loss_tokens, bool return_entropy, bool[] needed, *, "
+    f"{_HEAD_OPTIONS_SCHEMA}, {OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 
@@ -207,7 +220,8 @@ def _(hidden: Tensor, *inputs: Any, **values: Any) -> tuple[Any, ...]:
     rewards, _, index, advantages, old, ref, sampler = inputs[8:15]
     loss_values = {name: x for name, x in values.items() if name not in _HEAD_OPTIONS}
     given = {"rewards": rewards, "old_logps": old, "ref_logps": ref, "sampler_logps": sampler}
-    names = metric_names(LossArguments(options=LossOptions(**loss_values), **given))
+    arguments = LossArguments(options=LossOptions(**loss_values), return_entropy=inputs[-2], **given)
+    names = metric_names(arguments)
     if advantages is None:
         shape = rewards.shape if index is None else index.shape
         advantage_dtype = sum_dtype(rewards.dtype)
@@ -215,7 +229,8 @@ def _(hidden: Tensor, *inputs: Any, **values: Any) -> tuple[Any, ...]:
         shape, advantage_dtype = advantages.shape, sum_dtype(advantages.dtype)
     loss, unit, count = (hidden.new_empty((), dtype=d) for d in (dtype, torch.float64, torch.int64))
     sums = hidden.new_empty(len(names), dtype=dtype)
-    logps, entropy = (hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
+    logps = hidden.new_empty(token_ids.shape, dtype=dtype)
+    entropy = torch.empty_like(logps) if arguments.has_entropy else hidden.new_empty(0)
     used = hidden.new_empty(shape, dtype=advantage_dtype)
     return loss, unit, sums, count, logps, entropy, used, _new_gradients((hidden, *inputs[:4]), needed)
 

@@ -168,8 +168,9 @@ def linear_logps(
     is_frozen = not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head))
     size = chunk_size or default_chunk_size(hidden, is_frozen)
     if torch.compiler.is_compiling():
-        logps, entropy = compiled_linear_logps(flat, head, ids, temperatures, size, options)
+        logps, entropy = compiled_linear_logps(flat, head, ids, temperatures, size, options, return_entropy)
     else:
-        logps, entropy = chunked_linear_logps(linear_rows(flat, ids, temperatures, size), head, options)
+        rows = linear_rows(flat, ids, temperatures, size)
+        logps, entropy = chunked_linear_logps(rows, head, options, return_entropy)
     logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logps, entropy) if return_entropy else logps

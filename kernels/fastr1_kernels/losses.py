@@ -40,7 +40,7 @@ class GRPOOutput(NamedTuple):
     loss: Tensor  # 0-d float32 (float64 for float64 inputs)
     metrics: dict[str, tuple[Tensor, Tensor]]  # name → (sum, count) over loss tokens, 0-d: add up, then divide
     logps: Tensor  # shape of token_ids, 0 where masked
-    entropy: Tensor  # shape of token_ids, 0 where masked
+    entropy: Tensor | None  # the same; None where neither `return_entropy` asks for it nor the loss reads it
     advantages: Tensor  # (B,), or the shape of the given advantages
 
 
@@ -61,6 +61,7 @@ def grpo_loss(
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
     normalizer: float | Tensor | None = None,  # loss tokens or sequences of the whole update
+    return_entropy: bool = False,  # True: also where the loss does not read it
     check_values: bool = True,  # False: nothing waits for the device
     options: LossOptions | None = None,  # instead of the keywords below
     loss_type: str = "dapo",
@@ -91,6 +92,9 @@ def grpo_loss(
     every keyword: the README of this package. Exactly one of `rewards` and `advantages` is given; they and all
     log-probabilities but those of `logits` are constants. `normalizer`, the loss tokens or sequences
     (`LOSSES[loss_type].counts`) of the whole update, makes the losses of its calls add up to that of one call.
+
+    Entropies cost a row a quarter more instructions. They are computed, and are a metric, with `return_entropy`, an
+    entropy bonus or an entropy quantile.
 
     With `check_values=False` no check reads the values of a tensor, and neither the call nor its backward pass waits
     for the device. Wrong ids, rewards and boundaries are then not noticed. It is always so inside `torch.compile`.
@@ -144,6 +148,7 @@ def grpo_loss(
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
         normalizer=normalizer,
+        return_entropy=return_entropy,
         check_values=may_read_values(check_values),
     )
     check_rows("logits", logits, token_ids)
@@ -181,6 +186,7 @@ def linear_grpo_loss(
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    return_entropy: bool = False,
     check_values: bool = True,
     options: LossOptions | None = None,  # instead of the keywords below
     loss_type: str = "dapo",
@@ -248,6 +254,7 @@ def linear_grpo_loss(
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
         normalizer=normalizer,
+        return_entropy=return_entropy,
         check_values=may_read_values(check_values),
     )
     head = HeadTensors(weight, bias, lora_a, lora_b)
@@ -319,5 +326,12 @@ def _loss_of_logits(
         advantages = None if in_kernel else advantages_of(arguments)
         return GRPOOutput(*one_launch_loss(logits, token_ids, mask, arguments, advantages, inplace, grad_scale))
     live = None if arguments.mask is None else mask
-    scores = score_rows(logits, token_ids, live, temperature=arguments.options.temperature, inplace=inplace)
+    scores = score_rows(
+        logits,
+        token_ids,
+        live,
+        temperature=arguments.options.temperature,
+        inplace=inplace,
+        compute_entropy=arguments.has_entropy,
+    )
     return GRPOOutput(*TokenLoss(token_ids, mask, arguments).output(*scores))

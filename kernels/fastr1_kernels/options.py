@@ -138,6 +138,10 @@ class LossOptions:
         """The row of the table."""
         return LOSSES[self.loss_type]
 
+    @property
+    def reads_entropy(self) -> bool:
+        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+
     def check(self) -> None:
         """Raise ValueError, with the value received and the remedy, for what no call could use.
 

@@ -98,10 +98,12 @@ def _grpo_loss(level: str) -> Callable[[Inputs], "list[Tensor]"]:
             beta=0.1,
             normalizer=x["mask"].sum(),
             importance_sampling_level=level,
+            return_entropy=True,
             **keywords,
         )
         output.loss.backward()
-        return [output.loss, _gradient(x["logits"])]
+        assert output.entropy is not None
+        return [output.loss, output.entropy, _gradient(x["logits"])]
 
     return run
 

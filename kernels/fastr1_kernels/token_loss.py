@@ -15,7 +15,7 @@ from .checks import LossArguments
 from .dispatch import is_per_token
 from .reference import Metrics
 
-LossOutput = tuple[Tensor, Metrics, Tensor, Tensor, Tensor]  # the fields of GRPOOutput
+LossOutput = tuple[Tensor, Metrics, Tensor, Tensor | None, Tensor]  # the fields of GRPOOutput
 
 
 class Sequences:
@@ -51,11 +51,14 @@ class Sequences:
 
 
 class TokenLoss:
-    """The loss of checked arguments as a function of log-probabilities and entropies of all tokens, (N,) each."""
+    """The loss of checked arguments as a function of log-probabilities and entropies of all tokens, (N,) each.
+
+    Without `has_entropy` entropies are not read.
+    """
 
     def __init__(self, token_ids: Tensor, mask: Tensor, arguments: LossArguments, is_narrow: bool = False) -> None:
         """With `is_narrow` gradients are kept in float16, where those of the order of a weight would be lost."""
-        self.options, self.shape = arguments.options, token_ids.shape
+        self.options, self.shape, self.has_entropy = arguments.options, token_ids.shape, arguments.has_entropy
         self.mask = mask.reshape(-1)
         self.is_per_token = is_per_token(self.options, has_sampler=arguments.sampler_logps is not None)
         read_values = arguments.check_values and not self.is_per_token
@@ -78,12 +81,13 @@ class TokenLoss:
     def __call__(self, logps: Tensor, entropy: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """The part of the loss (0-d), and of the metrics, that the tokens of `mask` have; None: of all."""
         mask = self.mask if mask is None else mask
+        entropy = entropy if self.options.entropy_coef else entropy.detach()
         per_token, metrics = reference.token_losses(
             self._place(torch.where(mask, logps, 0.0)),
             self._place(mask),
             self._place(self.token_advantages),
             self.options,
-            entropy=self._place(torch.where(mask, entropy if self.options.entropy_coef else entropy.detach(), 0.0)),
+            entropy=self._place(torch.where(mask, entropy, 0.0)) if self.has_entropy else None,
             **self.given,
         )
         weights = self.sequences.spread(self.weights) if self.is_per_token else self.weights
@@ -114,7 +118,7 @@ class TokenLoss:
         """The fields of `GRPOOutput`; logps and entropy are (N,), of any value where masked."""
         loss, metrics = self(logps, entropy)
         logps, entropy = (torch.where(self.mask, x.detach(), 0.0).view(self.shape) for x in (logps, entropy))
-        return loss, metrics, logps, entropy, self.advantages
+        return loss, metrics, logps, entropy if self.has_entropy else None, self.advantages
 
     def _place(self, values: Tensor) -> Tensor:
         return values[:, None] if self.is_per_token else self.sequences.place(values)
@@ -128,7 +132,7 @@ def metric_names(arguments: LossArguments) -> tuple[str, ...]:
         "high_entropy": options.top_entropy_quantile < 1,
         "sampler_weight": arguments.sampler_logps is not None,
         "kl": arguments.ref_logps is not None,
-        "entropy": True,
+        "entropy": arguments.has_entropy,
     }
     return "ratio", *options.loss.clip_metrics, *(name for name, is_wanted in wanted.items() if is_wanted)
 

@@ -96,12 +96,16 @@ def gradient(
             d_rows.index_fill_(0, (~live[first : first + len(rows)]).nonzero().squeeze(1), 0.0)
 
 
-def moment(shifted: Tensor, e: Tensor) -> Tensor:
-    """Σ eⱼ·log eⱼ of rows (C, V), whose logarithm is `shifted`, which is lost; a column of -inf adds 0, (C, 1)."""
-    if not may_read(e):
-        return torch.special.xlogy(e, e).sum(1, keepdim=True)
-    total = shifted.mul_(e).sum(1, keepdim=True)
-    return torch.special.xlogy(e, e).sum(1, keepdim=True) if total.isnan().any() else total  # of 0 · (-inf), mostly
+def moment(shifted: Tensor, e: Tensor, log_total: Tensor | float = 0.0) -> Tensor:
+    """Σ eⱼ·dⱼ of rows d (C, V), `shifted`, which are lost; a column of -inf adds 0, (C, 1).
+
+    e is exp(d), or that divided by its sum, whose logarithm is `log_total` (C, 1).
+    """
+    if may_read(e):
+        total = shifted.mul_(e).sum(1, keepdim=True)
+        if not total.isnan().any():  # of 0 · (-inf), mostly
+            return total
+    return torch.special.xlogy(e, e).sum(1, keepdim=True) + log_total
 
 
 def may_read(rows: Tensor) -> bool:

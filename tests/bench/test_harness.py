@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 # The benches are no package. At the end of the path: a conftest is there too.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+sys.path.append(str(BENCH))
 harness = pytest.importorskip("harness", reason="bench/ is not there")
 shapes = pytest.importorskip("shapes")
 problems = pytest.importorskip("problems")
@@ -31,6 +33,12 @@ class Benchmark:
 
 
 CASE = shapes.Case(op="grpo_loss", head=shapes.CPU_HEAD, rows=16, dtype="float32")
+
+
+def cases_on_a_cpu() -> list[Any]:
+    operations = ("group_advantages", "grpo_loss", shapes.LINEAR, "selective_log_softmax", "linear_logps")
+    operations += ("load_pixels", shapes.ROLLOUT, *shapes.UPDATE_OPS)
+    return [case for op in operations for case in shapes.cases_of(op, full=False)]
 
 
 def new_group() -> Any:
@@ -72,6 +80,81 @@ def test_rows_of_every_kind(tmp_path: Path) -> None:
     assert all(r["spread"] is not None for r in rows)
     for name in ("commit", "dirty", "device", "driver", "torch", "triton", "seed", "shape", "dtype", "provider"):
         assert name in ours
+
+
+@pytest.mark.parametrize(
+    ("name", "quick_ms", "slow_ms", "number", "rounds"),
+    [
+        ("peer", 1e6, 1e6, 1 + 1 + 3, 3),
+        ("peer", 0.0, 1e6, 1 + 3, 3),  # the first call's memory
+        ("peer", 0.0, 0.0, 1 + 1, 1),
+        ("ours", 0.0, 0.0, 1 + 1 + 1, 1),  # again, for the spread
+        ("torch.compile", 0.0, 0.0, 1 + 1 + 3, 3),
+    ],
+)
+def test_a_slow_call_is_made_less_often(
+    monkeypatch: pytest.MonkeyPatch, name: str, quick_ms: float, slow_ms: float, number: int, rounds: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(harness, "CPU_QUICK_CALL_MS", quick_ms)
+    monkeypatch.setattr(harness, "CPU_SLOW_MS", harness.CPU_SLOW_MS if slow_ms else 0.0)
+    monkeypatch.setattr(harness, "SLOW_CALL_MS", slow_ms)
+    calls = []
+
+    def call() -> Any:
+        calls.append(len(calls))
+        return {"x": torch.ones(3)}
+
+    row = measured(new_group(), name, call)
+    assert (len(calls), row["rounds"]) == (number, rounds)
+    assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
+
+
+def test_the_first_result_is_the_one_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "CPU_QUICK_CALL_MS", 0.0)
+    results = iter([1.01, 1.0, 1.0, 1.0])
+    row = measured(new_group(), "peer", lambda: {"x": torch.ones(3) * next(results)})
+    assert row["status"] == "mismatch"
+    assert "median_ms" not in row
+
+
+def marks_of_bench(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], bool]:
+    """(label of a case, provider) of all benches on a CPU → whether they are marked `slow`."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    conftest = runpy.run_path(str(BENCH / "conftest.py"))
+    found: dict[tuple[str, str], bool] = {}
+
+    def collect(_: Any, params: list[Any]) -> None:
+        for param in params:
+            assert [mark.name for mark in param.marks] in ([], ["slow"])
+            found[param.values[0].label, param.values[1]] = bool(param.marks)
+
+    for name in ("advantages", "grpo_loss", "linear_loss", "loading", "logps", "report_frames", "rollout", "step"):
+        module = pytest.importorskip(f"test_{name}")
+        config = SimpleNamespace(getoption=lambda _: False)
+        metafunc = SimpleNamespace(fixturenames=["provider"], module=module, config=config, parametrize=collect)
+        conftest["pytest_generate_tests"](metafunc)
+    return found
+
+
+def test_what_is_not_slow_has_every_operation_and_takes_less_than_three_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_slow = marks_of_bench(monkeypatch)
+    assert {label.partition(",")[0] for label, _ in is_slow} - {
+        label.partition(",")[0] for (label, _), slow in is_slow.items() if not slow
+    } == {"report_frames"}
+    cases = {(case.op, str(case.shape), case.frozen): case.label for case in cases_on_a_cpu()}
+    rows = [json.loads(line) for path in (BENCH / "results").glob("*.jsonl") for line in path.read_text().splitlines()]
+    rows = [row for row in rows if "first_ms" in row and row["device"].startswith("CPU")]
+    seconds = {}
+    for row in rows:  # of the last run
+        key = (cases.get((row["op"], str(row["shape"]), row["frozen"]), ""), row["provider"])
+        if is_slow.get(key) is False:
+            calls = (1 + (row["provider"] == "ours")) * row.get("rounds", 0)
+            seconds[key] = (row["first_ms"] + calls * row.get("median_ms", 0.0)) / 1e3
+    # What else they take, on the machine of the rows: 30 s of set-ups, 25 s of compiling, 10 s of imports.
+    assert 20 < sum(seconds.values()) < 180 - 65
 
 
 def test_other_errors_are_raised_and_so_are_missing_outputs() -> None:

@@ -97,13 +97,14 @@ def pack(x: Any) -> Any:
 
 def loss_of(logits: Tensor, arguments: dict[str, Any], **more: Any) -> GRPOOutput:
     """In float64."""
-    common = {"mask": MASK, "advantages": ADVANTAGES} | arguments | more
+    common = {"mask": MASK, "advantages": ADVANTAGES, "return_entropy": True} | arguments | more
     return grpo_loss(logits, TOKEN_IDS, **common)
 
 
 def loss_on(backend: Backend, arguments: dict[str, Any], **more: Any) -> tuple[GRPOOutput, Tensor]:
     """Output of a backend, and the gradient of the logits; everything not in the arguments is as above."""
-    common = {"logits": LOGITS, "token_ids": TOKEN_IDS, "mask": MASK, "advantages": ADVANTAGES} | arguments | more
+    common = {"logits": LOGITS, "token_ids": TOKEN_IDS, "mask": MASK, "advantages": ADVANTAGES}
+    common |= {"return_entropy": True} | arguments | more
     common = {k: backend.put(v) for k, v in common.items()}
     logits = common.pop("logits").detach().clone().requires_grad_()
     output = grpo_loss(logits, **common)

@@ -35,7 +35,8 @@ def loss_call(arguments: dict[str, Any], **more: Any) -> Call:
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         output = (linear_grpo_loss if len(inputs) == 3 else grpo_loss)(*inputs, **arguments, **more)
         metrics = [x for name in sorted(output.metrics) for x in output.metrics[name]]
-        return output.loss, output.logps, output.entropy, output.advantages, *metrics
+        entropy = [] if output.entropy is None else [output.entropy]
+        return output.loss, output.logps, *entropy, output.advantages, *metrics
 
     return call
 
@@ -73,7 +74,7 @@ def placed(backend: Backend, arguments: dict[str, Any]) -> dict[str, Any]:
 @parametrize({name: CASES[name] for name in ("dapo", "entropy_bonus", "every_mask")})
 def test_losses(backend: Backend, arguments: dict[str, Any], linear: bool) -> None:
     inputs = (HIDDEN, WEIGHT) if linear else (LOGITS,)
-    assert_same(backend, loss_call(placed(backend, arguments)), *inputs, TOKEN_IDS)
+    assert_same(backend, loss_call(placed(backend, arguments), return_entropy=True), *inputs, TOKEN_IDS)
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])

@@ -98,7 +98,8 @@ SCRATCH = 4 * min(BLOCK_ELEMENTS, C * WIDE)  # bytes
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("kind", ["trained", "frozen", "no_grad"])
 @pytest.mark.parametrize("name", ["loss", "logps"])
-def test_bytes_at_the_peak(name: str, kind: str, bits: int) -> None:
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_bytes_at_the_peak(return_entropy: bool, name: str, kind: str, bits: int) -> None:
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     hidden, weight = rand(ROWS, SIZE).to(dtype).requires_grad_(), rand(WIDE, SIZE).to(dtype)
     weight.requires_grad_(kind == "trained")
@@ -108,9 +109,11 @@ def test_bytes_at_the_peak(name: str, kind: str, bits: int) -> None:
     def call() -> None:
         with torch.set_grad_enabled(kind != "no_grad"):
             if name == "logps":
-                result = linear_logps(hidden, weight, ids, chunk_size=C).sum()
+                scores = linear_logps(hidden, weight, ids, chunk_size=C, return_entropy=return_entropy)
+                result = sum(x.sum() for x in scores) if return_entropy else scores.sum()
             else:
                 given: dict[str, Any] = {"cu_seqlens": bounds, "advantages": advantages, "loss_type": "grpo"}
+                given["return_entropy"] = return_entropy
                 result = linear_grpo_loss(hidden, weight, ids, chunk_size=C, **given).loss
         if kind != "no_grad":
             result.backward()
@@ -118,7 +121,7 @@ def test_bytes_at_the_peak(name: str, kind: str, bits: int) -> None:
     call()
     hidden.grad = weight.grad = None
     element = bits // 8
-    expected = 4 * C * WIDE + SCRATCH + (element * C * WIDE if bits == 16 else 0)
+    expected = 4 * C * WIDE + SCRATCH * return_entropy + (element * C * WIDE if bits == 16 else 0)
     if kind != "no_grad":
         expected += element * ROWS * SIZE
     if kind == "trained":

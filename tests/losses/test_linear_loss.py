@@ -21,7 +21,7 @@ def test_linear_loss_equals_loss_of_its_logits(arguments: dict[str, Any], chunk_
     for linear in (True, False):
         hidden, weight = rand(B, T, D).requires_grad_(), rand(V, D, seed=1).requires_grad_()
         bias = rand(V, seed=2).requires_grad_()
-        common = {"mask": MASK, "advantages": ADVANTAGES} | arguments
+        common = {"mask": MASK, "advantages": ADVANTAGES, "return_entropy": True} | arguments
         if linear:
             output = linear_grpo_loss(hidden, weight, TOKEN_IDS, bias=bias, chunk_size=chunk_size, **head, **common)
         else:

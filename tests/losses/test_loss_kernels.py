@@ -17,7 +17,7 @@ from fastr1_kernels import GRPOOutput, grpo_loss
 def test_inplace_gives_the_same_and_overwrites_the_logits_only(backend: Backend, arguments: dict[str, Any]) -> None:
     whole = torch.zeros(B, T + 1, 2 * V, dtype=backend.dtype, device=backend.device)
     whole[:, :-1, ::2] = LOGITS
-    others = {"mask": MASK, "advantages": ADVANTAGES} | arguments
+    others = {"mask": MASK, "advantages": ADVANTAGES, "return_entropy": True} | arguments
     others = {k: backend.put(v) for k, v in others.items()}
     results = []
     for inplace in (False, True):

@@ -127,7 +127,7 @@ def test_grad_scale_changes_no_value_and_no_gradient(backend: Backend, arguments
 
 
 def test_a_loss_that_is_multiplied_by_zero_has_gradient_zero(backend: Backend) -> None:
-    logits = backend.put(LOGITS).requires_grad_()
+    logits = backend.put(LOGITS).clone().requires_grad_()
     others = {"mask": MASK, "advantages": ADVANTAGES, "old_logps": OLD, "grad_scale": torch.zeros(())}
     loss = grpo_loss(
         logits, backend.put(TOKEN_IDS), loss_type="grpo", **{k: backend.put(v) for k, v in others.items()}

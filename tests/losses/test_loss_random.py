@@ -85,6 +85,7 @@ def calls(draw: st.DrawFn, loss_type: str) -> dict[str, Any]:
     # Packed, B advantages for B tokens may be one per sequence or one per token: such calls are refused.
     is_ambiguous = source != "rewards" and kept_tokens(mask).sum() == b
     call["is_packed"] = not is_ambiguous and draw(st.booleans())
+    call["return_entropy"] = draw(st.booleans())
     return call
 
 
@@ -97,9 +98,9 @@ def split(call: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], bool
 def expected(keywords: dict[str, Any], logits: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Any]:
     """Loss, gradient of the logits, and metrics of the padded reference."""
     keywords = dict(keywords)
-    advantages = keywords.pop("advantages", None)
+    advantages, return_entropy = keywords.pop("advantages", None), keywords.pop("return_entropy")
+    o = LossOptions(**{k: v for k, v in keywords.items() if k in OPTION_NAMES})
     if advantages is None:
-        o = LossOptions(**{k: v for k, v in keywords.items() if k in OPTION_NAMES})
         advantages = group_advantages(
             keywords.pop("rewards"),
             group_ids=keywords.pop("group_ids"),
@@ -107,7 +108,10 @@ def expected(keywords: dict[str, Any], logits: Tensor, ids: Tensor, dtype: torch
             eps=o.advantage_eps,
             leave_one_out=o.leave_one_out,
         )
-    return loss_in_reference(keywords, dtype, logits, ids, keywords.pop("mask"), advantages)
+    results, metrics = loss_in_reference(keywords, dtype, logits, ids, keywords.pop("mask"), advantages)
+    if not (return_entropy or o.entropy_coef or o.top_entropy_quantile < 1):
+        del metrics["entropy"]
+    return results, metrics
 
 
 def packed(inputs: dict[str, Any], mask: Tensor) -> tuple[dict[str, Any], Tensor]:

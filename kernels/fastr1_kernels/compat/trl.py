@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -120,7 +121,8 @@ def chunked_log_probs(
     require(not hasattr(weight, "ds_id"), "a head sharded by DeepSpeed ZeRO-3 is not supported: use ZeRO 0 to 2")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    logps, entropy = doors.linear_logps(
+    score = partial(
+        doors.linear_logps,
         hidden.to(dtype),
         weight.to(dtype),
         targets,
@@ -128,9 +130,9 @@ def chunked_log_probs(
         softcap=final_logit_softcapping,
         logit_scale=logit_scale,
         temperature=temperature,
-        return_entropy=True,
     )
-    return logps, entropy if "entropy" in outputs else None, None, None, None
+    logps, entropy = score(return_entropy=True) if "entropy" in outputs else (score(), None)
+    return logps, entropy, None, None, None
 
 
 class ChunkedLogProbFunction:

@@ -85,7 +85,7 @@ def weight_above(
     """Σ 2^((x - m)·k) of the columns of order `pivot` and above."""
     b_sum = tl.zeros((BLOCK // LANE,), tl.float32)
     for start in range(0, V, BLOCK):
-        o_v = start + lane_columns(WIDTH, BLOCK)
+        o_v = start + lane_columns(WIDTH, LANE, BLOCK)
         x = load_allowed(x_ptr, stride_v, allowed_ptr, o_v, V)
         b_sum = add_weights(b_sum, weight_of(x, row_top, scale, True), (order_of(x, ZEROS) >= pivot) & (o_v < V))
     return tl.sum(b_sum, 0)
@@ -114,7 +114,7 @@ def search(
         s1 = tl.zeros((BLOCK // LANE,), tl.float32)
         s2, s3 = s1, s1
         for start in range(0, V, BLOCK):
-            o_v = start + lane_columns(WIDTH, BLOCK)
+            o_v = start + lane_columns(WIDTH, LANE, BLOCK)
             x = load_allowed(x_ptr, stride_v, allowed_ptr, o_v, V)
             order, weight = order_of(x, ZEROS), weight_of(x, row_top, scale, BY_MASS)
             s1 = add_weights(s1, weight, (order >= p1.to(tl.int32)) & (o_v < V))
@@ -154,7 +154,7 @@ def bound_rows_kernel(
     scale = LOG2_E / temperature
     top = tl.full((BLOCK // LANE,), LOWEST, tl.float32)
     for start in range(0, V, BLOCK):
-        x = load_allowed(x_ptr, stride_v, allowed_ptr, start + lane_columns(WIDTH, BLOCK), V)
+        x = load_allowed(x_ptr, stride_v, allowed_ptr, start + lane_columns(WIDTH, LANE, BLOCK), V)
         top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
     row_top = tl.max(top, 0)
     low = order_of(tl.full((), LOWEST, tl.float32), ZEROS).to(tl.int64)

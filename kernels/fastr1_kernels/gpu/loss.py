@@ -34,13 +34,12 @@ from .. import reference
 from ..checks import LossArguments
 from ..dispatch import device_of
 from ..options import OPTIONS_SCHEMA, LossOptions, option_values
-from ..reference import Metrics
 from ..rows import ONCE, as_grid
-from ..token_loss import metric_names
+from ..token_loss import LossOutput, metric_names
 from .advantages import BLOCK_REWARDS, launch_group_advantages
 from .loss_kernel import grpo_rows_kernel
 from .policy import policy_arguments
-from .rows import gradient_arguments, grid_arguments, row_launch_config, row_width, scale_rows_kernel
+from .rows import gradient_arguments, grid_arguments, row_launch_config, scale_rows_kernel
 from .terms import METRIC_TERMS, NUM_TERMS, TERM_ENTROPY, TERM_LOGP, TERM_LOSS
 
 # A program that would read more rewards than this for its advantage finds it computed by a launch before.
@@ -64,6 +63,7 @@ def _launch(
     sampler_logps: Tensor | None,
     grad_scale: Tensor | None,  # 0-d float32
     num_generations: int,  # 0 with group_ids
+    has_entropy: bool,
     **values: Any,  # the fields of LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of the terms (8,), the terms (8, N) and the advantages (B,), empty where they were given."""
@@ -100,10 +100,11 @@ def _launch(
                 eps=float(options.advantage_eps),
                 SCALE=options.scale_rewards,
                 LEAVE_ONE_OUT=options.leave_one_out,
+                HAS_ENTROPY=has_entropy,
                 HAS_BONUS=options.entropy_coef != 0,
                 BLOCK_R=BLOCK_REWARDS,
                 **policy_arguments(options),
-                **row_launch_config(logits.shape[2], row_width(logits, gradient)),
+                **row_launch_config(logits, gradient),
             )
     return terms.sum(1), terms, computed
 
@@ -125,7 +126,7 @@ loss_rows_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor logits, Tensor token_ids, Tensor? mask, Tensor? sequence, Tensor weights, Tensor? advantages, "
     "Tensor? rewards, Tensor? group_ids, Tensor? sequence_index, Tensor? old_logps, Tensor? ref_logps, "
-    "Tensor? sampler_logps, Tensor? grad_scale, int num_generations, *, bool has_gradient, "
+    "Tensor? sampler_logps, Tensor? grad_scale, int num_generations, bool has_entropy, *, bool has_gradient, "
     f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -147,7 +148,7 @@ def scale_rows(d_logits: Tensor, d_loss: Tensor, grad_scale: Tensor | None) -> N
                 d_loss_ptr=d_loss.contiguous(),
                 grad_scale_ptr=grad_scale,
                 **grid_arguments(d_logits),
-                **row_launch_config(d_logits.shape[2], row_width(d_logits)),
+                **row_launch_config(d_logits),
             )
 
 
@@ -207,7 +208,7 @@ def one_launch_loss(
     advantages: Tensor | None,  # (B,) or as token_ids; None: from arguments.rewards
     inplace: bool,
     grad_scale: float | Tensor | None = None,
-) -> tuple[Tensor, Metrics, Tensor, Tensor, Tensor]:
+) -> LossOutput:
     """The fields of `GRPOOutput` for checked arguments in which every token's loss depends on its own row alone.
 
     `grad_scale` is the upstream gradient, as far as it is known: a backward pass that brings it has nothing left to do.
@@ -234,6 +235,7 @@ def one_launch_loss(
         *(_flat(x) for x in (arguments.old_logps, arguments.ref_logps, arguments.sampler_logps)),
         grad_scale,
         arguments.num_generations or 0,
+        arguments.has_entropy,
     )
     values = option_values(options)
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
@@ -245,9 +247,9 @@ def one_launch_loss(
     loss, sums, terms = sums[TERM_LOSS.value], sums.detach(), terms.detach()
     count = counts.sum()
     metrics = {name: (sums[METRIC_TERMS[name]], count) for name in metric_names(arguments)}
-    shape = token_ids.shape
+    logps, entropy = (terms[i.value].view(token_ids.shape) for i in (TERM_LOGP, TERM_ENTROPY))
     used = computed.detach() if advantages is None else advantages.detach().float()
-    return loss, metrics, terms[TERM_LOGP.value].view(shape), terms[TERM_ENTROPY.value].view(shape), used
+    return loss, metrics, logps, entropy if arguments.has_entropy else None, used
 
 
 def _launched_advantages(arguments: LossArguments) -> Tensor | None:

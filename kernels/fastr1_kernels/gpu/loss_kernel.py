@@ -71,7 +71,8 @@ def grpo_rows_kernel(
     SOURCE: tl.constexpr,  # of the advantages: "rewards" | "sequence" | "token"
     SCALE: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
-    HAS_BONUS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_BONUS: tl.constexpr,  # of the entropy
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -105,7 +106,9 @@ def grpo_rows_kernel(
 
     x_ptr = row_base(logits_ptr, i_n, T, stride_b, stride_t, WIDTH)
     token = tl.load(token_ids_ptr + i_n).to(tl.int64)
-    row_top, log2_sum, logp, entropy, x_token = score_row(x_ptr, stride_v, token, V, temperature, True, WIDTH, BLOCK)
+    row_top, log2_sum, logp, entropy, x_token = score_row(
+        x_ptr, stride_v, token, V, temperature, HAS_ENTROPY, WIDTH, BLOCK
+    )
 
     old = logp
     if old_ptr is not None:
@@ -139,7 +142,8 @@ def grpo_rows_kernel(
     store_term(terms_ptr, TERM_RATIO, i_n, N, ratio)
     store_term(terms_ptr, TERM_CLIP_LOW, i_n, N, tl.where((ratio < low) & (advantage < 0), 1.0, 0.0))
     store_term(terms_ptr, TERM_CLIP_HIGH, i_n, N, tl.where((ratio > high) & (advantage > 0), 1.0, 0.0))
-    store_term(terms_ptr, TERM_ENTROPY, i_n, N, entropy)
+    if HAS_ENTROPY:
+        store_term(terms_ptr, TERM_ENTROPY, i_n, N, entropy)
     store_term(terms_ptr, TERM_LOGP, i_n, N, logp)
 
     if d_logits_ptr is not None:

@@ -2,7 +2,7 @@
 
 Pass 1. For a row x of V logits, temperature τ, token y: k = log2(e)/τ, m = max xⱼ, dⱼ = (xⱼ - m)·k and
     S = Σ 2^dⱼ    U = Σ 2^dⱼ·dⱼ    log pⱼ = (dⱼ - log2 S)·ln 2    H = (log2 S - U/S)·ln 2.
-The row is read once, in blocks. Every lane, the 16 logits of a block that one thread holds, keeps its own (m, S, U), so
+The row is read once, in blocks. Every lane, the logits of a block that one thread holds, keeps its own (m, S, U), so
 that no thread waits for another within the row; if a lane's maximum rises by -c/k, then S ← 2ᶜ·S and U ← 2ᶜ·(U + c·S).
 At the end the lanes are merged in the same way. The maximum is subtracted before the factor k, which makes a shift of
 the logits exact.
@@ -33,6 +33,7 @@ LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LANE = tl.constexpr(16)  # logits of a block that share a running maximum: those of one thread
+NARROW_LANE = tl.constexpr(8)  # where a load moves one logit, and 16 of them would take too many registers
 
 
 @triton.jit
@@ -43,11 +44,11 @@ def row_base(pointer, i_n, T, stride_b, stride_t, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def lane_columns(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of a block, (·, lanes, ·): the 16 of a lane lie side by side as far as one load reaches, then apart."""
-    LANES: tl.constexpr = BLOCK // LANE
+def lane_columns(WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of a block, (·, lanes, ·): the SIZE of a lane lie side by side as far as one load reaches, then apart."""
+    LANES: tl.constexpr = BLOCK // SIZE
     o_v = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    return o_v + tl.arange(0, LANE // WIDTH)[:, None, None] * (LANES * WIDTH)
+    return o_v + tl.arange(0, SIZE // WIDTH)[:, None, None] * (LANES * WIDTH)
 
 
 @triton.jit
@@ -73,8 +74,9 @@ def score_row(
     scale = LOG2_E / temperature
     # Before the barriers of the sums below: in place, other warps overwrite this logit once they have passed them.
     x_token = tl.load(x_ptr + token * stride_v, mask=(token >= 0) & (token < V), other=float("-inf")).to(tl.float32)
-    LANES: tl.constexpr = BLOCK // LANE
-    o_v = lane_columns(WIDTH, BLOCK)
+    SIZE: tl.constexpr = LANE if WIDTH > 1 else NARROW_LANE
+    LANES: tl.constexpr = BLOCK // SIZE
+    o_v = lane_columns(WIDTH, SIZE, BLOCK)
     o_x = o_v.to(tl.int64) * stride_v
     top = tl.full((LANES,), LOWEST, tl.float32)
     b_sum = tl.zeros((LANES,), tl.float32)
@@ -139,7 +141,8 @@ def write_row_gradient(
     scale = LOG2_E / temperature
     d_logp, d_entropy = d_logp / temperature, d_entropy / temperature
     token_ptr = d_ptr + token * d_stride_v
-    LANES: tl.constexpr = BLOCK // LANE
+    SIZE: tl.constexpr = LANE if WIDTH > 1 else NARROW_LANE
+    LANES: tl.constexpr = BLOCK // SIZE
     lane_entropy = d_entropy
     if HAS_ENTROPY:
         # A number of every lane stays in a register of its own; an operation takes one that all threads share, not two.
@@ -150,7 +153,7 @@ def write_row_gradient(
     d_ptr += tl.cast(whole, tl.int64) * d_stride_v
     if WIDTH > 1:
         x_ptr, d_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(d_ptr, 16)
-    o_v = lane_columns(WIDTH, BLOCK)
+    o_v = lane_columns(WIDTH, SIZE, BLOCK)
     o_x, o_d = o_v.to(tl.int64) * stride_v, o_v.to(tl.int64) * d_stride_v
     if whole < V:
         m_v = o_v < V - whole

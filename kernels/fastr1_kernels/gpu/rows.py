@@ -23,20 +23,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import device_of
-from .row_passes import row_base, score_row, write_row_gradient, write_row_zeros
+from .row_passes import LANE, NARROW_LANE, row_base, score_row, write_row_gradient, write_row_zeros
 
 ROW_BYTES = 16  # of one load
 
 
-def row_launch_config(vocabulary: int, width: int = 1) -> dict[str, int]:
-    """Block, warps and WIDTH by vocabulary and `row_width` alone. Not tuned on a GPU yet: 16 logits a thread.
+def row_launch_config(*rows: Tensor) -> dict[str, int]:
+    """Block, warps and WIDTH of a launch on rows of (B, T, V) tensors. Not tuned on a GPU yet: a lane to a thread.
 
-    Where every logit has an address of its own, 64 registers let two programs of 512 threads share a multiprocessor; so
-    would 48, but with spills where columns are not neighbours.
+    Where a load moves one logit the compiler would take more registers than it needs. With 48 nothing spills, with 64
+    where every logit has an address of its own, because columns are not neighbours; both let two programs of 512
+    threads share a multiprocessor.
     """
-    block = min(max(triton.next_power_of_2(vocabulary), 512), 8192)
-    config = {"BLOCK": block, "num_warps": block // 512, "WIDTH": width}
-    return config if width > 1 else config | {"maxnreg": 64}
+    width = row_width(*rows)
+    lane = (LANE if width > 1 else NARROW_LANE).value
+    block = min(max(triton.next_power_of_2(rows[0].shape[2]), 512), 512 * lane)
+    config = {"BLOCK": block, "num_warps": block // (32 * lane), "WIDTH": width}
+    if width > 1:
+        return config
+    return config | {"maxnreg": 48 if all(x.stride(2) == 1 for x in rows) else 64}
 
 
 def row_width(*rows: Tensor) -> int:
@@ -223,7 +228,7 @@ def launch_scores(
                 **grid_arguments(logits),
                 temperature=temperature,
                 HAS_ENTROPY=compute_entropy,
-                **row_launch_config(logits.shape[2], row_width(logits)),
+                **row_launch_config(logits),
             )
     return logps, entropy, state
 
@@ -254,5 +259,5 @@ def launch_gradient(
                 **grid_arguments(logits),
                 **gradient_arguments(out),
                 temperature=temperature,
-                **row_launch_config(logits.shape[2], row_width(logits, out)),
+                **row_launch_config(logits, out),
             )

@@ -114,7 +114,7 @@ def draw_rows_kernel(
         bound = tl.load(bounds_ptr + i_r)
     scale, inverse = LOG2_E / temperature, 1.0 / temperature
     LANES: tl.constexpr = BLOCK // LANE
-    o_v = lane_columns(WIDTH, BLOCK)
+    o_v = lane_columns(WIDTH, LANE, BLOCK)
     top = tl.full((LANES,), LOWEST, tl.float32)
     b_sum = tl.zeros((LANES,), tl.float32)
     kept_top, kept_sum = top, b_sum
