@@ -181,7 +181,7 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
 
 # A launcher that ends at once, and what it started, which needs a moment for a checkpoint.
 LAUNCHER = """
-(trap 'sleep 2; touch saved; exit 0' TERM; touch begun; while :; do sleep 0.1; done) &
+(trap 'sleep 1; touch saved; exit 0' TERM; touch begun; while :; do sleep 0.1; done) &
 wait
 """
 
@@ -189,7 +189,7 @@ wait
 # What takes longest is the import: one process does it, and forks a demo for every folder. In a folder "SIGTERM, early"
 # the signal comes while the launcher is being started.
 DEMOS = """
-import os, signal, subprocess, sys, threading
+import os, signal, subprocess, sys, threading, time
 from fastr1.cli import report_errors
 from fastr1.demo.pipeline import _run_to_its_end as run
 
@@ -197,7 +197,7 @@ class Interrupted(subprocess.Popen):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         while not os.path.exists("begun"):
-            pass
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.Signals[early])
 
 assert threading.active_count() == 1
@@ -209,7 +209,11 @@ for folder in sys.argv[1:]:
         if early != folder:
             subprocess.Popen = Interrupted
         open("pid", "w").write(str(os.getpid()))
-        sys.exit(report_errors(lambda: run(["sh", "../launcher"], {})))
+        try:
+            code = report_errors(lambda: run(["sh", "../launcher"], {}))
+        except SystemExit as end:
+            code = end.code
+        os._exit(code)  # all that was imported need not be taken down
     children[child] = folder
 while children:
     child, status = os.wait()
