@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from quick_interpreter import patch_language_once_a_launch
+from quick_interpreter import hurry_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    patch_language_once_a_launch()
+    hurry_interpreter()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 

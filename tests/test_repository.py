@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
@@ -45,6 +46,7 @@ def tracked_files() -> list[str]:
     return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
+@functools.cache
 def imported_packages(path: Path) -> set[str]:
     """Top-level packages a file imports anywhere in it, relative imports left out."""
     names: set[str] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import Backend
@@ -24,6 +25,14 @@ def bits_grid(draw: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     return (bits.long() & 0xFFFFFFFF).view(4, 4, COLUMNS)
 
 
+def mean_signs(words: Tensor) -> Tensor:
+    """For each bit of the words (..., columns) the mean over the columns of 1 where it is clear and -1 where it is set:
+    (..., 32)."""
+    octets = words.numpy().astype("<u4").view(np.uint8).reshape(*words.shape, 4)
+    ones = torch.from_numpy(np.unpackbits(octets, axis=-1, bitorder="little"))
+    return 1 - 2 * ones.sum(-2, dtype=torch.int32) / COLUMNS
+
+
 def defects(bits: Tensor) -> list[str]:
     """Names of the statistics that are more than `SIGMAS` from what independent uniform bits give."""
     found = []
@@ -36,8 +45,7 @@ def defects(bits: Tensor) -> list[str]:
         counts = torch.stack([torch.bincount((row >> shift) & 255, minlength=256) for row in bits.flatten(0, 1)])
         expected = COLUMNS / 256
         note(f"byte {shift}", (((counts - expected) ** 2 / expected).sum(1) - 255) / math.sqrt(2 * 255))
-    signs = 1 - 2 * ((bits[..., None] >> torch.arange(32)) & 1).float()  # (4, 4, columns, 32)
-    note("bits", signs.mean(2) * math.sqrt(COLUMNS))
+    note("bits", mean_signs(bits) * math.sqrt(COLUMNS))
     uniform = bits.double() * 2.0**-32 - 0.5
     pairs = {f"column + {lag}": (bits, bits.roll(lag, 2), lag) for lag in (1, 2, 3, 4, 64, 1024)}
     pairs |= {"position": (bits[:, 1:], bits[:, :-1], 0), "key": (bits[1:], bits[:-1], 0)}
@@ -47,8 +55,7 @@ def defects(bits: Tensor) -> list[str]:
         # The upper tail decides a draw: how often both are in the lowest 64th.
         both = ((a < -0.5 + 1 / 64) & (b < -0.5 + 1 / 64)).double().sum(2)
         note(f"{name}: tail", (both - COLUMNS / 4096) / math.sqrt(COLUMNS / 4096))
-        same = 1 - 2 * (((left ^ right)[..., None] >> torch.arange(32)) & 1).float()
-        note(f"{name}: bits", same.mean(2) * math.sqrt(COLUMNS))
+        note(f"{name}: bits", mean_signs(left ^ right) * math.sqrt(COLUMNS))
     assert uniform.shape == bits.shape
     return found
 

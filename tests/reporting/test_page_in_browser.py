@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,17 @@ def no_errors(browser: Browser) -> Iterator[None]:
     browser.requests.clear()
     yield
     assert browser.errors == []
+
+
+@contextlib.contextmanager
+def hurried(browser: Browser) -> Iterator[None]:
+    """Pages that are opened meanwhile do fifty times as often what they do every few seconds. They are left behind."""
+    source = "const every = setInterval; window.setInterval = (action, ms) => every(action, ms / 50);"
+    script = browser.call("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
+    yield
+    browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+    browser.call("Page.navigate", url="about:blank")
+    browser.run("0")  # what the page reported until now has been read
 
 
 def count(browser: Browser, selector: str) -> int:
@@ -210,20 +222,21 @@ def test_hostile_text_is_shown_as_text(browser: Browser, tmp_path: Path) -> None
 
 def test_served_page_reloads_when_the_run_goes_on_and_keeps_its_filters(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    with RunServer(run, 0) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        browser.open(server.url)
-        click(browser, "[data-view=worst]")
-        click(browser, "[data-outcome=fixed]")
-        write_lines(run / "rollouts.jsonl", rollouts(21))
-        write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, 22)])
-        browser.wait_for("document.querySelector('.facts')?.textContent.includes('21 of 20')")
-        browser.wait_for("document.documentElement?.dataset.ready === '1'")
-        assert browser.run("document.querySelector('[data-view=worst]').getAttribute('aria-pressed')") == "true"
-        assert count(browser, ".pair") == 1
-        assert all(url.startswith((server.url, "data:")) for url in browser.requests)
-        server.shutdown()
-    browser.wait_for("document.querySelector('#live').textContent.includes('has stopped')")
+    with hurried(browser):
+        with RunServer(run, 0) as server:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            browser.open(server.url)
+            click(browser, "[data-view=worst]")
+            click(browser, "[data-outcome=fixed]")
+            write_lines(run / "rollouts.jsonl", rollouts(21))
+            write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, 22)])
+            browser.wait_for("document.querySelector('.facts')?.textContent.includes('21 of 20')")
+            browser.wait_for("document.documentElement?.dataset.ready === '1'")
+            assert browser.run("document.querySelector('[data-view=worst]').getAttribute('aria-pressed')") == "true"
+            assert count(browser, ".pair") == 1
+            assert all(url.startswith((server.url, "data:")) for url in browser.requests)
+            server.shutdown()
+        browser.wait_for("document.querySelector('#live').textContent.includes('has stopped')")
     assert any("ERR_CONNECTION_REFUSED" in error for error in browser.errors)
     browser.errors.clear()
 
