@@ -30,6 +30,10 @@ class SamplingParams:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; give 1 or more")
 
 
+class NonFiniteLogitsError(ValueError):
+    """The model has diverged. The message says where."""
+
+
 def check_request(
     model: VideoLanguageModel, num_prompts: int, num_generations: int, prompt_keys: Sequence[int] | None
 ) -> None:
@@ -50,10 +54,10 @@ def check_request(
 
 
 def check_logps(logps: torch.Tensor) -> None:
-    """Raises ValueError where a token was drawn from something that is no distribution; logps are (rows, T)."""
+    """Raises NonFiniteLogitsError where a token was drawn from something that is no distribution; logps are (rows, T)."""
     bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
+        raise NonFiniteLogitsError(
             f"{len(bad)} of {len(logps)} completions, the first is number {bad[0]}, were drawn from logits with a NaN "
             "or infinity; look for the weights or the pixels that the model computed them from"
         )
