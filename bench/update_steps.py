@@ -175,10 +175,8 @@ def ending_at(lengths: Sequence[int], group: int, end_id: int) -> Iterator[Any]:
         is_last = ends.to(row.device)[row] == positions + 1
         return torch.where(is_last, end_id, torch.where(token == end_id, 0, token))
 
-    def forced_draw(
-        logits: Tensor, params: SamplingParams, warpers: Any, row_keys: Tensor, position: int
-    ) -> tuple[Tensor, Tensor]:
-        token, logp = draw(logits, params, warpers, row_keys, position)
+    def forced_draw(logits: Tensor, params: SamplingParams, row_keys: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        token, logp = draw(logits, params, row_keys, position)
         return force(token, row_keys, position), logp
 
     def forced_tokens(logits: Tensor, row_keys: Tensor, positions: Tensor, **options: Any) -> SampledTokens:

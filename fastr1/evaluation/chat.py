@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastr1.config import GRPOConfig, ModelConfig
-from fastr1.evaluation.recorded import data_settings
+from fastr1.evaluation.recorded import data_settings, stop_strings
 from fastr1.models import load_model, load_processor
 from fastr1.rewards.answers import extract_think
 from fastr1.rollout import SamplingParams, sample_completions
@@ -51,7 +51,8 @@ def chat(
 ) -> ChatAnswer:
     """Answer `question`, sent as it stands plus `instruction`; greedy unless `temperature` is positive.
 
-    Frames, instruction and decoder are those of the model's training unless given here (see `recorded.py`).
+    Frames, instruction and decoder are those of the model's training unless given here, stop strings are its own (see
+    `recorded.py`).
     Raises: DataError for a video or a question that cannot be used; ConfigError for a device that is not here.
     """
     data = data_settings(
@@ -60,7 +61,9 @@ def chat(
     processor, model = load_processor(model_path), load_model(model_path, dtype=dtype, device=device)
     pixels = load_pixels(Path(video_path), data, processor.preprocess_frames, model.device)
     prompt_ids = processor.prompt_ids(question, instruction=data.instruction).to(model.device)
-    params = SamplingParams(max_completion_length, temperature=temperature, top_p=top_p)
+    params = SamplingParams(
+        max_completion_length, temperature=temperature, top_p=top_p, stop_strings=stop_strings(model_path)
+    )
     with torch.no_grad():
         visual_tokens = model.visual_tokens([pixels])
     rollout = sample_completions(model, processor, [prompt_ids], visual_tokens, params, seed=seed)

@@ -29,7 +29,7 @@ from fastr1.config import ConfigError, Control, DataConfig, GRPOConfig, ModelCon
 from fastr1.data.ledger import BadRow, LoadedSamples
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
-from fastr1.evaluation.recorded import data_settings
+from fastr1.evaluation.recorded import data_settings, stop_strings
 from fastr1.models import load_model, load_processor, parse_device
 from fastr1.schema import Answer, Clip, DataError, Sample
 
@@ -71,7 +71,7 @@ def evaluate_checkpoint(
 
     Args:
         num_frames, max_frames, instruction, backend: how the questions are asked; None is as in the model's training,
-            where its folder records that (see `recorded.py`).
+            where its folder records that (see `recorded.py`), as are the stop strings.
         temperature, top_p, seed: of the sampling; a temperature of 0 takes the likeliest token.
         control: one of `CONTROLS`, shown in the place of every clip; None: the clip.
         policy: "error" stops at a question that cannot be used, naming file and line; "skip" leaves it out.
@@ -91,7 +91,13 @@ def evaluate_checkpoint(
         dtype,
         _devices(device, num_processes),
         batch_size,
-        {"max_completion_length": max_completion_length, "temperature": temperature, "top_p": top_p, "seed": seed},
+        {
+            "max_completion_length": max_completion_length,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+            "stop_strings": stop_strings(model_path),
+        },
         recording,
     )
     evaluator = job.build_evaluator()

@@ -1,6 +1,7 @@
 """How a model was asked in training, kept beside its weights, and how it is to be asked now.
 
-`fastr1.json` in an exported folder holds the number of frames, the instruction and the decoder of the training run.
+`fastr1.json` in an exported folder holds the number of frames, the instruction, the decoder and the stop strings of the
+training run.
 Evaluation and chat use them unless told otherwise, and say so.
 """
 
@@ -30,6 +31,7 @@ class Recorded:
     max_frames: int | None
     instruction: str | None  # None: the conversations of a cold start carry their own
     backend: Backend  # the decoder that was used: "torchcodec" or "pyav"
+    stop_strings: tuple[str, ...] = ()  # text that ended a completion; a folder of before this was recorded has none
 
 
 def record_settings(folder: Path, config: TrainConfig) -> None:
@@ -40,6 +42,7 @@ def record_settings(folder: Path, config: TrainConfig) -> None:
         "max_frames": data.max_frames,
         "instruction": data.instruction if config.task == "grpo" else None,
         "backend": backend,
+        "stop_strings": list(config.grpo.stop_strings) if config.task == "grpo" else [],
     }
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"fastr1": __version__, **recorded}, indent=2, ensure_ascii=False)
@@ -52,7 +55,9 @@ def read_recorded(model_path: str | Path) -> Recorded | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = {"stop_strings": [], **json.loads(file.read_text(encoding="utf-8"))}
+        if isinstance(content["stop_strings"], list):
+            content["stop_strings"] = tuple(content["stop_strings"])
         recorded = Recorded(**{field.name: content[field.name] for field in fields(Recorded)})
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -66,6 +71,8 @@ def read_recorded(model_path: str | Path) -> Recorded | None:
 def _is_sound(name: str, value: Any) -> bool:
     if name == "backend":
         return value in get_args(Backend)
+    if name == "stop_strings":
+        return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
     if name == "instruction":
         return value is None or isinstance(value, str)
     if type(value) is not int:
@@ -122,6 +129,16 @@ def data_settings(
     how += f"instruction {data.instruction!r} ({sources['instruction']})"
     logger.info("%s: %s, decoder %s (%s)", model_path, how, decoder, why)
     return data
+
+
+def stop_strings(model_path: str | Path) -> tuple[str, ...]:
+    """Text that ends a completion of this model, as its training recorded it; logged where there is any. Raises:
+    DataError for a damaged record."""
+    recorded = read_recorded(model_path)
+    if recorded is None or not recorded.stop_strings:
+        return ()
+    logger.info("%s: a completion ends with %s (as trained)", model_path, ", ".join(map(repr, recorded.stop_strings)))
+    return recorded.stop_strings
 
 
 def _choose(given: Any, trained: Any, default: Any) -> tuple[Any, str]:

@@ -1,8 +1,9 @@
 """What a token step needs to know of a decoder of transformers: its modules, layer by layer, and its rotation.
 
 Known are the text decoders of Qwen2, Qwen2.5-VL, Qwen3, Qwen3-VL and Llama. The stack holds the decoder's own modules,
-not their weights: whoever owns the parameters may change them in place, gather them or wrap a projection in an adapter,
-and the next step sees it. A decoder that computes something else is refused by name, never approximated.
+not their weights: whoever owns the parameters may change them in place, gather them, wrap a projection in an adapter or
+hang a hook on it, and the next rollout sees it. A decoder that computes something else is refused by name, never
+approximated.
 """
 
 from __future__ import annotations
@@ -72,15 +73,31 @@ class DecoderStack:
         cos, sin = self.rotary(weight[:1, None], positions)
         return cos[0].contiguous(), sin[0].contiguous()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token step depends on nothing but the parameters: an adapter or a hook may be scaled and switched
+        off by numbers of its own."""
+        projections = [m for layer in self.layers for name, m in vars(layer).items() if name.endswith("_proj")]
+        return all(map(_is_plain, projections)) and not _is_hooked(self.embed_tokens)
+
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that a token step reads, those of the embedding last."""
         modules = [module for layer in self.layers for module in vars(layer).values() if isinstance(module, nn.Module)]
         return [p for module in (*modules, self.norm, self.embed_tokens) for p in module.parameters()]
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a projection is x·Wᵀ + b and nothing else: no adapter around it, no hook on it, no other `forward`."""
+    return type(module) is nn.Linear and not _is_hooked(module) and "forward" not in vars(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a projection gives; a plain one is called without the hooks that others hang on it."""
-    if type(module) is nn.Linear:
+    """What a projection gives."""
+    if isinstance(module, nn.Linear) and _is_plain(module):
         return F.linear(x, module.weight, module.bias)
     out: torch.Tensor = module(x)
     return out
@@ -93,7 +110,7 @@ class SideBySide:
     def __init__(self, *modules: nn.Module) -> None:
         self._modules = modules
         self._joined: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        linears = [module for module in modules if type(module) is nn.Linear]
+        linears = [module for module in modules if isinstance(module, nn.Linear) and _is_plain(module)]
         if len(linears) == len(modules) and all(linear.weight.device.type == "cpu" for linear in linears):
             biases = [linear.bias for linear in linears]
             if len({bias is None for bias in biases}) == 1:
@@ -127,6 +144,18 @@ def describe_decoder(decoder: Any) -> DecoderStack:
 
 
 _REMEDY = 'set rollout.backend to "eager"'
+
+
+def refuse_hooks(decoder: Any) -> None:
+    """Raises UnknownDecoderError where a forward hook hangs on a module that a token step does not call: the decoder,
+    a layer, attention, an MLP or a norm. Projections and the embedding are called with theirs."""
+    called = {id(decoder.embed_tokens), *(id(m) for name, m in decoder.named_modules() if "_proj" in name)}
+    for name, module in decoder.named_modules():
+        if _is_hooked(module) and id(module) not in called:
+            raise UnknownDecoderError(
+                f"{type(decoder).__name__} has a forward hook on {name or 'itself'}, which a token step does not call; "
+                f"remove the hook, or {_REMEDY}"
+            )
 
 
 def _describe_layer(decoder: str, index: int, layer: Any) -> DecoderLayer:

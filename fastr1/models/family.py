@@ -25,6 +25,7 @@ from fastr1.models.devices import parse_device, resolve_dtype
 from fastr1.models.packed_attention import choose_packed_backend
 from fastr1.models.packed_forward import forward_packed
 from fastr1.models.packed_layout import PackedLayout
+from fastr1.models.positions import packed_positions, padded_positions
 from fastr1.models.processor import Processor
 
 # "model_type" of a model folder's config.json → the module of its family
@@ -139,10 +140,7 @@ class VideoLanguageModel(nn.Module, ABC):
         return (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
     def prompt_positions(self, prompt_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:
-        """Where the rollout engine puts a prompt of `num_tokens` tokens, those of its video included.
-
-        Only the engine asks: training passes and the plain loop count from 0 on one axis, so a family that overrides
-        this trains on other positions than it samples at.
+        """Where a prompt of `num_tokens` tokens lies, those of its video included, in rollout and training alike.
 
         Returns: the positions of its tokens, (L,) int64, or (3, L) where the decoder has them in time, height and
             width; and the position of the first token of a completion, from which the others count on.
@@ -173,6 +171,7 @@ class VideoLanguageModel(nn.Module, ABC):
         embeds: torch.Tensor,  # (B, P, D), left-padded
         attention_mask: torch.Tensor,  # (B, P)
         num_generations: int = 1,
+        position_ids: torch.Tensor | None = None,  # (B, P) or (3, B, P); counted from the mask if None
     ) -> tuple[DynamicCache, torch.Tensor]:
         """Forward each prompt once; returns its keys and values repeated for G completions and the last hidden state
         (B·G, 1, D)."""
@@ -180,7 +179,7 @@ class VideoLanguageModel(nn.Module, ABC):
         out = self.decoder(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            position_ids=self.positions(attention_mask),
+            position_ids=self.positions(attention_mask) if position_ids is None else position_ids,
             past_key_values=cache,
             use_cache=True,
         )
@@ -192,13 +191,15 @@ class VideoLanguageModel(nn.Module, ABC):
         token_ids: torch.Tensor,  # (R, t) int64, the next tokens of every row
         attention_mask: torch.Tensor,  # (R, L) of everything up to and including them
         cache: DynamicCache,  # of L − t tokens; grows by t
+        position_ids: torch.Tensor | None = None,  # (R, t) or (3, R, t); counted from the mask if None
     ) -> torch.Tensor:
         """Hidden states (R, t, D) of tokens behind a cache."""
-        num_new = token_ids.shape[1]
+        if position_ids is None:
+            position_ids = self.positions(attention_mask)[:, -token_ids.shape[1] :]
         hidden: torch.Tensor = self.decoder(
             inputs_embeds=self.decoder.embed_tokens(token_ids),
             attention_mask=attention_mask,
-            position_ids=self.positions(attention_mask)[:, -num_new:],
+            position_ids=position_ids,
             past_key_values=cache,
         ).last_hidden_state
         return hidden
@@ -225,7 +226,8 @@ class VideoLanguageModel(nn.Module, ABC):
         prompts = [self.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
         embeds = torch.cat([*prompts, self.decoder.embed_tokens(input_ids)])[None]
         backend = choose_packed_backend(self.packed_attn_implementation, embeds.device, embeds.dtype)
-        hidden = forward_packed(self.decoder, embeds, layout, backend=backend)
+        positions = packed_positions(self.prompt_positions, prompt_ids, layout, embeds.device)
+        hidden = forward_packed(self.decoder, embeds, layout, position_ids=positions, backend=backend)
         return hidden[0, layout.predicting_states(embeds.device)]
 
     def padded_logits(
@@ -239,12 +241,13 @@ class VideoLanguageModel(nn.Module, ABC):
         a padded row of its own behind its prompt."""
         embeds, mask = self.embed_prompts(prompt_ids, visual_tokens)
         repeats = completion_ids.shape[0] // len(prompt_ids)
+        positions = padded_positions(self.prompt_positions, prompt_ids, mask, completion_ids.shape[1] - 1)
         rows = [embeds.repeat_interleave(repeats, dim=0), self.decoder.embed_tokens(completion_ids)[:, :-1]]
         mask = torch.cat([mask.repeat_interleave(repeats, dim=0), completion_mask[:, :-1].long()], dim=1)
         out = self.decoder(
             inputs_embeds=torch.cat(rows, dim=1),
             attention_mask=mask,
-            position_ids=self.positions(mask),
+            position_ids=positions.repeat_interleave(repeats, dim=-2),
             use_cache=False,
         )
         return self.project(out.last_hidden_state[:, embeds.shape[1] - 1 :])

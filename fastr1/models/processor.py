@@ -51,6 +51,10 @@ class Processor(ABC):
     def save(self, path: Path) -> None:
         """Write the files that `load_processor` reads into an existing folder."""
 
+    def raw_text(self, ids: torch.Tensor) -> str:
+        """Every token as it was said, spaces, line ends and special tokens among them: where stop strings are found."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
     def decode(self, ids: torch.Tensor) -> str:
         """The text of a completion: special tokens removed, stripped."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

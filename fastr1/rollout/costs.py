@@ -16,10 +16,17 @@ class RolloutCosts:
     """Counts of one rollout. Times end when the device has done its work: a rollout ends with a look at the device."""
 
     def __init__(self) -> None:
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.warm_up_seconds = self.prefill_seconds = self.decode_seconds = 0.0
         self.prompt_lengths: list[int] = []
         self.num_completions = 0
         self.num_steps = self.computed_rows = self.read_suffix_tokens = 0
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """What later rollouts of no more than this size do not take again: arenas, kernels, graphs."""
+        start = time.perf_counter()
+        yield
+        self.warm_up_seconds += time.perf_counter() - start
 
     @contextmanager
     def prefill(self, embeds: Sequence[torch.Tensor], num_completions: int) -> Iterator[None]:
@@ -31,9 +38,9 @@ class RolloutCosts:
 
     @contextmanager
     def decode(self) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.warm_up_seconds
         yield
-        self.decode_seconds = time.perf_counter() - start
+        self.decode_seconds = time.perf_counter() - start - (self.warm_up_seconds - before)
 
     def add_step(self, num_rows: int, suffix_length: int) -> None:
         """A step that computed so many rows, padding and ended ones among them."""
@@ -42,8 +49,8 @@ class RolloutCosts:
         self.read_suffix_tokens += num_rows * suffix_length
 
     def metrics(self, model: VideoLanguageModel, num_tokens: int, graphs: StepGraphs | None) -> dict[str, float]:
-        """Tokens per second; 10⁹ bytes per second that decoding read; and the share of computed rows that gave no
-        token: padding, and ended completions.
+        """Seconds of warming up; tokens per second, the warm-up included only in those of the whole rollout; 10⁹ bytes
+        per second that decoding read; and the share of computed rows that gave no token: padding, and ended completions.
 
         The bytes of a step are those of the weights, of all prompts' keys and values, once each, and of every computed
         row's own. It is too much where all completions of a prompt have ended and for rows of padding, too little where
@@ -57,7 +64,8 @@ class RolloutCosts:
         read += self.read_suffix_tokens * token_bytes
         found = {
             "prefill_tokens_per_second": sum(self.prompt_lengths) / self.prefill_seconds,
-            "tokens_per_second": num_tokens / (self.prefill_seconds + self.decode_seconds),
+            "tokens_per_second": num_tokens / (self.warm_up_seconds + self.prefill_seconds + self.decode_seconds),
+            "warm_up_seconds": self.warm_up_seconds,
             "decode_steps": float(self.num_steps),
         }
         if self.num_steps:

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from fastr1.models import Processor, VideoLanguageModel
+from fastr1.models.positions import padded_positions
 from fastr1.rollout.noise import completion_keys
-from fastr1.rollout.params import SamplingParams, find_stop
+from fastr1.rollout.params import SamplingParams, check_logps, check_request, find_stop
 from fastr1.schema import Rollout
 from fastr1_kernels import gumbel_noise
+from fastr1_kernels.reference_sampling import kept_columns
 
 
 @torch.no_grad()
@@ -44,23 +39,26 @@ def sample_eagerly(
     Returns `sampler_logps` under the distribution that was sampled from (after temperature, top-k, top-p and min-p; the
     plain softmax when greedy). A completion ends with any of the processor's end tokens, or with a stop string.
     """
+    check_request(model, len(prompt_ids), num_generations, prompt_keys)
     embeds, prompt_mask = model.embed_prompts(prompt_ids, visual_tokens)
-    cache, hidden = model.prefill(embeds, prompt_mask, num_generations)
+    prompt_length, length = prompt_mask.shape[1], params.max_completion_length
+    positions = padded_positions(model.prompt_positions, prompt_ids, prompt_mask, length)
+    cache, hidden = model.prefill(embeds, prompt_mask, num_generations, positions[..., :prompt_length])
+    positions = positions[..., prompt_length:].repeat_interleave(num_generations, dim=-2)
     mask = prompt_mask.repeat_interleave(num_generations, dim=0)
     row_keys = completion_keys(seed, range(len(prompt_ids)) if prompt_keys is None else prompt_keys, num_generations)
     row_keys = row_keys.to(embeds.device)
-    warpers = _build_warpers(params)
     media = torch.tensor(model.media_token_ids, dtype=torch.int64, device=embeds.device)
     end_ids = torch.tensor(processor.end_token_ids, device=embeds.device)
-    shape = (len(row_keys), params.max_completion_length)
+    shape = (len(row_keys), length)
     completion_ids = torch.full(shape, processor.pad_token_id, device=embeds.device)
     completion_mask = torch.zeros(shape, dtype=torch.bool, device=embeds.device)
     logps = torch.zeros(shape, device=embeds.device)
     rows = torch.arange(len(row_keys), device=embeds.device)  # that are decoded; those that ended leave by halves
     has_ended = torch.zeros_like(rows, dtype=torch.bool)
-    for step in range(params.max_completion_length):
+    for step in range(length):
         logits = model.project(hidden)[:, -1].float().index_fill(-1, media, -math.inf)
-        token, logp = _draw(logits, params, warpers, row_keys, step)
+        token, logp = _draw(logits, params, row_keys, step)
         token = torch.where(has_ended, processor.pad_token_id, token)
         completion_ids[rows, step] = token
         completion_mask[rows, step] = ~has_ended
@@ -69,38 +67,27 @@ def sample_eagerly(
         if params.stop_strings:
             for row in (~has_ended).nonzero().flatten().tolist():
                 ids = completion_ids[rows[row], : step + 1].cpu()
-                has_ended[row] = find_stop(processor.decode, ids, step, params.stop_strings) is not None
+                has_ended[row] = find_stop(processor.raw_text, ids, step, params.stop_strings) is not None
         num_open = int((~has_ended).sum())
-        if step + 1 == params.max_completion_length or num_open == 0:
+        if step + 1 == length or num_open == 0:
             break
         if num_open <= len(rows) // 2:
             kept = (~has_ended).nonzero().flatten()
             cache.batch_select_indices(kept)
             rows, row_keys, mask, token, has_ended = (x[kept] for x in (rows, row_keys, mask, token, has_ended))
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        hidden = model.extend(token[:, None], mask, cache)
+        hidden = model.extend(token[:, None], mask, cache, positions[..., rows, step : step + 1])
     completion_ids, completion_mask, logps = (x[:, : step + 1] for x in (completion_ids, completion_mask, logps))
+    check_logps(logps)
     is_truncated = torch.zeros(shape[0], dtype=torch.bool, device=embeds.device)
     is_truncated[rows] = ~has_ended
     texts = [processor.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), completion_mask.cpu(), strict=True)]
     return Rollout(completion_ids, completion_mask, logps, is_truncated, texts)
 
 
-def _build_warpers(params: SamplingParams) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if params.top_k > 0:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        warpers.append(MinPLogitsWarper(params.min_p))
-    return warpers
-
-
 def _draw(
     logits: torch.Tensor,  # (R, V) fp32
     params: SamplingParams,
-    warpers: LogitsProcessorList,
     row_keys: torch.Tensor,  # (R,)
     position: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,8 +95,7 @@ def _draw(
     if params.temperature == 0:
         token = logits.argmax(dim=-1)
     else:
-        no_ids: Any = None  # no warper looks at the tokens before
-        scaled: Any = logits / params.temperature
-        logits = warpers(no_ids, scaled)
+        kept = kept_columns(logits, params.temperature, params.top_k, params.top_p, params.min_p)
+        logits = torch.where(kept, logits / params.temperature, -math.inf)
         token = (logits + gumbel_noise(row_keys, torch.full_like(row_keys, position), logits.shape[-1])).argmax(dim=-1)
     return token, logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from fastr1.models import Processor, VideoLanguageModel
-from fastr1.models.decoder_stack import describe_decoder
+from fastr1.models.decoder_stack import describe_decoder, refuse_hooks
 from fastr1.models.packed_attention import choose_packed_backend
 from fastr1.models.packed_forward import forward_packed
 from fastr1.models.packed_layout import PackedLayout
@@ -31,7 +31,7 @@ from fastr1.rollout.graphs import StepGraphs, bucket_of
 from fastr1.rollout.kv import KeyValueArenas, PrefixWriter
 from fastr1.rollout.memory import RolloutPlan, free_bytes
 from fastr1.rollout.noise import completion_keys
-from fastr1.rollout.params import SamplingParams, find_stop
+from fastr1.rollout.params import SamplingParams, check_logps, check_request, find_stop
 from fastr1.rollout.rows import DecodingRows
 from fastr1.rollout.token_step import TokenStep
 from fastr1.schema import Rollout
@@ -74,6 +74,7 @@ class RolloutEngine:
         self.active: list[Completion] = []  # by row
         self.num_rows = 0  # that a step computes; those behind the active ones are padding
         self.num_steps = 0
+        self._is_warm = False  # a step has been run
         self._replays = False  # steps of this rollout are graphs
         self._arenas: KeyValueArenas | None = None
         self._rows: DecodingRows | None = None
@@ -90,6 +91,7 @@ class RolloutEngine:
         prompt_keys: Sequence[int] | None = None,  # B ids that make draws independent of batching; default 0…B−1
     ) -> Rollout:
         """G completions for each prompt, rows in prompt-major order; as `eager.sample_eagerly`."""
+        check_request(self.model, len(prompt_ids), num_generations, prompt_keys)
         embeds = [self.model.embed_prompt(ids, tokens) for ids, tokens in zip(prompt_ids, visual_tokens, strict=True)]
         positions, first_positions = zip(
             *map(self.model.prompt_positions, prompt_ids, [len(rows) for rows in embeds]), strict=True
@@ -128,26 +130,13 @@ class RolloutEngine:
     ) -> None:
         """Completions without a token, and room for them."""
         self.stack = describe_decoder(self.model.decoder)  # anew: a projection may have been wrapped since
+        refuse_hooks(self.model.decoder)
         lengths = [len(rows) for rows in embeds]
         size = (len(embeds), max(lengths), len(keys), self.params.max_completion_length)
-        if self._arenas is None or not self._arenas.holds(*size):
-            self.release()  # before there are others
-            plan = RolloutPlan(
-                self.model.layout, embeds[0].dtype, size[0], size[1], num_generations, self.params.max_completion_length
-            )
-            free = free_bytes(embeds[0].device)
-            if free is not None:
-                plan.check_fits(free)
-            self._arenas = KeyValueArenas(
-                self.model.layout,
-                num_prompts=size[0],
-                prompt_length=size[1],
-                num_completions=size[2],
-                completion_length=size[3],
-                dtype=embeds[0].dtype,
-                device=embeds[0].device,
-            )
-            self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device)
+        if self._arenas is None or not self._arenas.holds(*size, embeds[0].dtype, embeds[0].device):
+            with self.costs.warm_up():
+                self._make_arenas(size, num_generations, embeds[0])
+        assert self._arenas is not None
         assert self._rows is not None
         num_positions = max(self._arenas.prompt_length, *first_positions) + self._arenas.completion_length
         if self.token_step is None or len(self.token_step.cos) < num_positions:
@@ -159,14 +148,37 @@ class RolloutEngine:
         self._rows.start(keys, lengths, first_positions, num_generations)
         known = self.token_step.addresses
         self.token_step.refresh(self.stack, num_generations)
-        if self.graphs and self.token_step.addresses != known:
-            self.graphs.clear()  # what they read has moved
+        if self.graphs and (self.token_step.addresses != known or not self.stack.is_plain):
+            self.graphs.clear()  # what they read has moved, or may compute something else now
         # ZeRO stage 3 gathers weights to other places every time: graphs of them would be captured to be used once.
         is_partitioned = any(hasattr(parameter, "ds_id") for parameter in self.stack.parameters())
         self._replays = self.graphs is not None and not is_partitioned
         self.completions = [Completion(row // num_generations, row) for row in range(len(keys))]
         self.active = list(self.completions)
         self.num_rows, self.num_steps = len(self.active), 0
+        if not self._is_warm:
+            with self.costs.warm_up():
+                self._warm_up(partial(self.token_step, self.num_rows))
+            self._is_warm = True
+
+    def _make_arenas(self, size: tuple[int, int, int, int], num_generations: int, embeds: torch.Tensor) -> None:
+        """Room for B prompts of up to P tokens and for S completions of up to T, once it is sure that it is there."""
+        self.release()  # before there are others
+        num_prompts, prompt_length, num_completions, length = size
+        plan = RolloutPlan(self.model.layout, embeds.dtype, num_prompts, prompt_length, num_generations, length)
+        free = free_bytes(embeds.device)
+        if free is not None:
+            plan.check_fits(free)
+        self._arenas = KeyValueArenas(
+            self.model.layout,
+            num_prompts=num_prompts,
+            prompt_length=prompt_length,
+            num_completions=num_completions,
+            completion_length=length,
+            dtype=embeds.dtype,
+            device=embeds.device,
+        )
+        self._rows = DecodingRows(num_completions, num_prompts, length, embeds.device)
 
     def _allowed_ids(self) -> torch.Tensor | None:
         """(V,) bool, False for ids that stand for a video; None: there are none."""
@@ -221,8 +233,13 @@ class RolloutEngine:
         assert self.token_step is not None
         if self._replays:
             assert self.graphs is not None
-            step = partial(self.token_step, self.num_rows)
-            self.graphs.run(self.token_step.key(self.num_rows), step, self._warm_up)
+            key = self.token_step.key(self.num_rows)
+            if key not in self.graphs:
+                step = partial(self.token_step, self.num_rows)
+                with self.costs.warm_up():
+                    self._warm_up(step)
+                    self.graphs.capture(key, step)
+            self.graphs.replay(key)
         else:
             self.token_step(self.num_rows)
         self.num_steps += 1
@@ -254,12 +271,12 @@ class RolloutEngine:
         if not self.params.stop_strings:
             return
         assert self._rows is not None
+        lengths, ids = self._rows.lengths.tolist(), self._rows.completion_ids.cpu()
         for row, completion in enumerate(self.active):
             if completion.ended_by is not None:
                 continue
-            num_drawn = int(self._rows.lengths[completion.row])
-            ids = self._rows.completion_ids[completion.row, :num_drawn].cpu()
-            length = find_stop(self.processor.decode, ids, completion.num_checked, self.params.stop_strings)
+            num_drawn, said = lengths[completion.row], ids[completion.row, : lengths[completion.row]]
+            length = find_stop(self.processor.raw_text, said, completion.num_checked, self.params.stop_strings)
             completion.num_checked = num_drawn
             if length is not None:
                 completion.ended_by = "stop string"
@@ -274,6 +291,7 @@ class RolloutEngine:
         mask = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
         ids = self._rows.completion_ids[:n, :longest].masked_fill(~mask, self.processor.pad_token_id)
         logps = self._rows.logps[:n, :longest].masked_fill(~mask, 0.0)
+        check_logps(logps)
         is_truncated = torch.tensor([c.ended_by == "length" for c in self.completions], device=lengths.device)
         on_host = zip(ids.cpu(), lengths.tolist(), strict=True)
         texts = [self.processor.decode(row[:length]) for row, length in on_host]

@@ -24,27 +24,33 @@ class Graph(Protocol):
         """What was captured, once more."""
 
 
+# Makes a graph of a function that was run before, in the memory pool of a graph that is still there, or in a new one.
+Capture = Callable[[Callable[[], None], Any], Graph]
+
+
 def bucket_of(num_rows: int, most: int) -> int:
     """How many rows a step computes for so many: the next of `BUCKETS`, and no more than there can be."""
     return min(next((size for size in BUCKETS if size >= num_rows), most), most)
 
 
 class StepGraphs:
-    """Graphs by key; `capture` makes one of a function that was run before."""
+    """Graphs by key."""
 
-    def __init__(self, capture: Callable[[Callable[[], None]], Graph] | None = None) -> None:
-        self._capture = capture or _CudaCapture()
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = capture or capture_on_gpu
         self._graphs: dict[Hashable, Graph] = {}
         self.num_replays = 0
         self.num_captures = 0
 
-    def run(self, key: Hashable, step: Callable[[], None], warm_up: Callable[[Callable[[], None]], None]) -> None:
-        """Replay the graph of the key, after capturing it where there is none. `warm_up(step)` runs the step without
-        a trace."""
-        if key not in self._graphs:
-            warm_up(step)
-            self._graphs[key] = self._capture(step)
-            self.num_captures += 1
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def capture(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Make the graph of a key."""
+        self._graphs[key] = self._capture(step, next(iter(self._graphs.values()), None))
+        self.num_captures += 1
+
+    def replay(self, key: Hashable) -> None:
         self._graphs[key].replay()
         self.num_replays += 1
 
@@ -53,14 +59,11 @@ class StepGraphs:
         self._graphs.clear()
 
 
-class _CudaCapture:
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, step: Callable[[], None]) -> Graph:
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            step()
-        return graph
+def capture_on_gpu(step: Callable[[], None], neighbour: Any) -> Graph:
+    """A pool lives as long as a graph of it does; the allocator refuses its handle after that. Threads that load clips
+    go on using the GPU meanwhile, which would end a capture that is not of this thread alone."""
+    graph = torch.cuda.CUDAGraph()
+    pool = None if neighbour is None else neighbour.pool()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph

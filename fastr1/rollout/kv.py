@@ -42,10 +42,20 @@ class KeyValueArenas:
         shape = (layout.num_layers, num_completions, layout.num_kv_heads, completion_length, layout.head_dim)
         self.suffix_k, self.suffix_v = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
 
-    def holds(self, num_prompts: int, prompt_length: int, num_completions: int, completion_length: int) -> bool:
-        """Whether there is room for so much."""
+    def holds(
+        self,
+        num_prompts: int,
+        prompt_length: int,
+        num_completions: int,
+        completion_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> bool:
+        """Whether there is room for so much of this kind."""
+        arena = self.prefix_k[0]
         return (
-            num_prompts <= self.num_prompts
+            (arena.dtype, arena.device) == (dtype, device)
+            and num_prompts <= self.num_prompts
             and prompt_length <= self.prompt_length
             and num_completions <= self.num_completions
             and completion_length <= self.completion_length

@@ -44,8 +44,8 @@ class TokenStep:
     def refresh(self, stack: DecoderStack, num_generations: int) -> None:
         """Begin a rollout: weights and adapters may be others, the tensors of this step stay where they are."""
         self.stack, self.num_generations = stack, num_generations
-        own = (self.model.head[0], self.cos, self.sin, self.end_ids, self.rows.tokens)
-        self.addresses = tuple(x.data_ptr() for x in (*stack.parameters(), *own))
+        own = (*self.model.head, self.cos, self.sin, self.end_ids, self.rows.tokens)
+        self.addresses = tuple(x.data_ptr() for x in (*stack.parameters(), *own) if x is not None)
         self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
         self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
 

@@ -171,13 +171,14 @@ class GRPOTrainer:
 
     def _roll_out(self, prompt_ids: list[torch.Tensor], visual_tokens: list[torch.Tensor], keys: list[int]) -> Rollout:
         model = self.run.model.eval()  # in training mode, gradient checkpointing would switch the cache off
-        rollout = self.sample(
-            prompt_ids,
-            visual_tokens,
-            num_generations=self.grpo.num_generations,
-            seed=self.config.run.seed,
-            prompt_keys=keys,
-        )
+        with agreement(self.distributed):
+            rollout = self.sample(
+                prompt_ids,
+                visual_tokens,
+                num_generations=self.grpo.num_generations,
+                seed=self.config.run.seed,
+                prompt_keys=keys,
+            )
         model.train()
         self.rollout_metrics = {f"rollout/{name}": value for name, value in rollout.metrics.items()}
         return rollout

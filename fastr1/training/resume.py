@@ -32,7 +32,8 @@ from fastr1.training.checkpoint import engine_settings
 from fastr1.video import describe_backend
 
 # None of these changes an update: where a run lives and is reported, how often it is saved and evaluated, how fast
-# clips are read and rewards computed, and when bad data stops it. Files are compared by content instead.
+# clips are read and rewards computed, what memory a rollout keeps, and when bad data stops it. Files are compared by
+# content instead.
 MAY_CHANGE = (
     "run.output_dir",
     "run.resume_from_checkpoint",

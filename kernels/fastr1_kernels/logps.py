@@ -132,7 +132,8 @@ def linear_logps(
 
     With `lora_a`, `lora_b` the weight is weight + lora_scale · lora_b @ lora_a, which is never computed. `logits_dtype`
     torch.float32 keeps the products of half inputs unrounded. `top_k`, `top_p` score under the distribution that a
-    sampler truncates to: the top_k largest logits, of these the fewest that reach top_p, and always the token.
+    sampler truncates to: the top_k largest logits, of these the fewest that reach top_p, equal logits together,
+    and always the token.
     `check_values=False` leaves out what reads values from the device, and so waits for it.
 
     Returns:

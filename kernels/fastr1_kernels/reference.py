@@ -52,13 +52,15 @@ def kept_columns(
     top_p: float | None,
 ) -> Tensor:
     """What a sampler keeps, (..., V) bool: the top_k largest logits, of these the fewest whose probabilities reach
-    top_p, and the token itself, whatever a rounding of its logit does."""
+    top_p, equal ones together, and the token itself, whatever a rounding of its logit does."""
     kept = torch.ones_like(logits, dtype=torch.bool)
     if top_k is not None:
         kept = logits >= logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
     if top_p is not None:
-        ordered, columns = logits.masked_fill(~kept, -math.inf).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        kept = kept & kept.scatter(-1, columns, ordered.cumsum(-1) - ordered < top_p)
+        ordered = logits.masked_fill(~kept, -math.inf).sort(dim=-1, descending=True).values
+        p = ordered.softmax(-1)
+        count = (p.cumsum(-1) - p < top_p).sum(-1, keepdim=True).clamp(min=1)
+        kept = kept & (logits >= ordered.gather(-1, count - 1))
     return kept.scatter(-1, token_ids.unsqueeze(-1), True)
 
 

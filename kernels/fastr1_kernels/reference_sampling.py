@@ -61,7 +61,7 @@ def kept_columns(
         ordered = left.sort(-1, descending=True).values
         mass = (ordered / temperature).softmax(-1).cumsum(-1)
         larger = torch.cat([torch.zeros_like(bound), mass[:, :-1]], -1)  # of the columns before
-        bound = ordered.gather(-1, (larger < top_p).sum(-1, keepdim=True) - 1)
+        bound = ordered.gather(-1, ((larger < top_p).sum(-1, keepdim=True) - 1).clamp(min=0))
     if min_p > 0:
         bound = bound.maximum(logits.amax(-1, keepdim=True) + temperature * math.log(min_p))
     return (logits >= bound) & (logits > -math.inf)

@@ -131,6 +131,9 @@ def test_a_recorded_decoder_that_is_not_here_is_replaced_aloud_and_a_given_one_i
         {"instruction": 3},
         {"backend": "decord"},
         {"backend": None},
+        {"stop_strings": "</answer>"},
+        {"stop_strings": ["</answer>", ""]},
+        {"stop_strings": None},
         None,
     ],
 )
@@ -158,6 +161,37 @@ def test_evaluation_and_chat_ask_what_was_trained(world: Path, trained: Path) ->
         return evaluate_checkpoint(model_path=model, **files, **limits, **options)
 
     assert evaluate(trained) == evaluate(world / "base", **explicit)
+
+
+def test_evaluation_and_chat_stop_where_training_did(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"num_frames": 4, "max_completion_length": 8, "device": "cpu"}
+    files: dict[str, Any] = {"data_file": world / "questions.jsonl", "video_root": world}
+    unstopped = chat(world / "base", world / "0.mp4", problem(0), **options)
+    length = evaluate_checkpoint(model_path=world / "base", **files, **options)["completion_length"]
+    stop = next(letter for letter in unstopped.text[1:] if letter.isascii() and letter.isalnum())
+    folder = tmp_path / "new" / "final"
+    shutil.copytree(world / "base", folder)
+    record_settings(folder, make_config(world, tmp_path, grpo__stop_strings=("never said", stop)))
+    caplog.set_level(logging.INFO, "fastr1")
+    answer = chat(folder, world / "0.mp4", problem(0), **options)
+    assert answer.text == unstopped.text[: len(answer.text)]
+    assert len(answer.text) < len(unstopped.text)
+    assert not answer.is_truncated
+    assert caplog.messages[-1].endswith(f"a completion ends with 'never said', {stop!r} (as trained)")
+    assert evaluate_checkpoint(model_path=folder, **files, **options)["completion_length"] < length
+
+
+def test_a_record_of_before_stop_strings_is_read(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "older")
+    file = tmp_path / "older" / RECORD_FILE
+    content = json.loads(file.read_text())
+    del content["stop_strings"]
+    file.write_text(json.dumps(content))
+    found = read_recorded(file.parent)
+    assert found is not None
+    assert found.stop_strings == ()
 
 
 def test_commands_say_in_one_line_how_they_ask(

@@ -11,7 +11,7 @@ from kernel_accuracy import assert_as_accurate, rand
 from loss_cases import ADVANTAGES, MASK, TOKEN_IDS, B, D, T, V, by_some
 from torch import Tensor
 
-from fastr1_kernels import LossOptions, linear_grpo_loss, linear_logps, reference
+from fastr1_kernels import LossOptions, linear_grpo_loss, linear_logps, reference, sample_tokens
 from fastr1_kernels.head import scale_to
 
 NAN = float("nan")
@@ -91,11 +91,22 @@ def test_kept_set_by_hand() -> None:
     assert score(0, top_k=1) == 0.0
     assert score(0, top_k=2) == pytest.approx((p[0] / p[:3].sum()).log().item())  # the tie stays
     assert score(0, top_p=p[0].item() - 1e-9) == 0.0
-    assert score(0, top_p=p[0].item() + 1e-9) == pytest.approx((p[0] / p[:2].sum()).log().item())
+    assert score(0, top_p=p[0].item() + 1e-9) == pytest.approx((p[0] / p[:3].sum()).log().item())  # and here
     assert score(3, top_k=1) == pytest.approx((p[3] / (p[0] + p[3])).log().item())  # the token belongs to it
     assert score(4, top_k=9, top_p=1.0) == pytest.approx(p[4].log().item())
     # top_p is taken of what top_k leaves.
-    assert score(0, top_k=3, top_p=0.7) == pytest.approx((p[0] / p[:2].sum()).log().item())
+    assert score(0, top_k=3, top_p=0.7) == pytest.approx((p[0] / p[:3].sum()).log().item())
+
+
+@pytest.mark.parametrize("kept", [{"top_p": 0.5}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.6}, {"top_k": 2}], ids=str)
+def test_the_kept_set_is_the_samplers_where_logits_are_equal(kept: dict[str, Any]) -> None:
+    """As they often are in bfloat16."""
+    logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, 0.0, -1.0])
+    rows = logits.expand(64, 7)
+    drawn = sample_tokens(rows, torch.arange(64), torch.zeros(64, dtype=torch.int64), **kept)
+    scored = linear_logps(torch.ones(64, 1), logits[:, None], drawn.token_ids, **kept)
+    assert len(drawn.token_ids.unique()) > 2
+    torch.testing.assert_close(scored, drawn.logps)
 
 
 def test_logits_of_float32_are_not_rounded() -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from decoder_toys import (
     FAMILIES,
+    VIDEO,
     TextModel,
     all_kept,
     build_text_model,
+    for_generation,
     greedy_by_full_forwards,
     no_videos,
     params_of,
@@ -30,6 +32,7 @@ from transformers import (
     Qwen3MoeModel,
 )
 from transformers.models.qwen2 import modeling_qwen2
+from twin_toys import packed_logits, padded_logits
 
 from fastr1.models.decoder_stack import UnknownDecoderError, describe_decoder
 from fastr1.rollout import RolloutEngine
@@ -75,23 +78,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def generate(model: TextModel, prompt: torch.Tensor) -> list[int]:
+def generate(whole: Any, prompt: torch.Tensor, **video: torch.Tensor) -> list[int]:
     """transformers' own loop over one prompt."""
-    out = model.language_model.generate(
+    out = whole.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
         do_sample=False,
         max_new_tokens=LENGTH,
         eos_token_id=list(PROCESSOR.end_token_ids),
         pad_token_id=PROCESSOR.pad_token_id,
+        **video,
     )
     return out[0, len(prompt) :].tolist()
-
-
-def oracle(model: TextModel, prompt: torch.Tensor) -> list[int]:
-    if hasattr(model.language_model, "generate"):
-        return generate(model, prompt)
-    return greedy_by_full_forwards(model, prompt, LENGTH, PROCESSOR.end_token_ids)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -103,11 +101,12 @@ def model(request: pytest.FixtureRequest) -> TextModel:
 @pytest.fixture(scope="module")
 def expected(model: TextModel) -> list[list[int]]:
     """Of the ragged prompts; made before the engine has touched the model."""
-    return [oracle(model, prompt) for prompt in prompts_of(RAGGED)]
+    whole = for_generation(model)
+    return [generate(whole, prompt) for prompt in prompts_of(RAGGED)]
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5])
-def test_greedy_equals_the_oracle(model: TextModel, expected: list[list[int]], group: int) -> None:
+def test_greedy_equals_generate(model: TextModel, expected: list[list[int]], group: int) -> None:
     engine = RolloutEngine(model, PROCESSOR, params_of(LENGTH, temperature=0))
     rollout = engine.sample(prompts_of(RAGGED), no_videos(4), num_generations=group)
     assert len({tuple(ids) for ids in expected}) > 2
@@ -198,6 +197,61 @@ def test_positions_in_time_height_and_width(family: str, kind: type[TextModel], 
     assert all_kept(engine.sample(prompts, no_videos(4), num_generations=group)) == [
         x for x in want for _ in range(group)
     ]
+
+
+class WithVideo(TextModel):
+    """Prompts hold `VIDEO` where the tokens of a video go; transformers itself says where these lie."""
+
+    grid = torch.tensor([[2, 4, 6]])  # time, height and width, in patches; 2 × 2 of them are a token
+
+    def embed_prompt(self, prompt_ids: torch.Tensor, visual_tokens: torch.Tensor) -> torch.Tensor:
+        text = self.decoder.embed_tokens(prompt_ids)
+        return text.masked_scatter((prompt_ids == VIDEO)[:, None], visual_tokens)
+
+    def prompt_positions(self, prompt_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:
+        kinds = 2 * (prompt_ids == VIDEO).int()
+        found, shift = self.whole.model.get_rope_index(prompt_ids[None], kinds[None], video_grid_thw=self.grid)
+        return found[:, 0], num_tokens + int(shift)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_greedy_equals_generate_with_a_video(group: int) -> None:
+    model = build_text_model("qwen2.5-vl", kind=WithVideo)
+    model.__dict__["whole"] = whole = for_generation(model, VIDEO)
+    texts = [prompt[prompt != VIDEO] for prompt in prompts_of([4, 9, 6])]
+    prompts = [torch.cat([text[:2], torch.full((12,), VIDEO), text[2:]]) for text in texts]
+    patches = [torch.randn(48, 96, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    with torch.no_grad():
+        for parameter in whole.model.visual.merger.parameters():
+            parameter.mul_(9)  # so that a video counts
+        videos = [whole.model.get_video_features(p, model.grid).pooler_output[0] for p in patches]
+    want = []
+    for prompt, pixels in zip(prompts, patches, strict=True):
+        shown = {"pixel_values_videos": pixels, "video_grid_thw": model.grid}
+        want.append(generate(whole, prompt, mm_token_type_ids=2 * (prompt == VIDEO).int()[None], **shown))
+    engine = RolloutEngine(model, PROCESSOR, params_of(LENGTH, temperature=0))
+    rows = all_kept(engine.sample(prompts, videos, num_generations=group))
+    assert rows == [ids for ids in want for _ in range(group)]
+    assert len({tuple(ids) for ids in want}) == 3
+    others = all_kept(engine.sample(prompts, videos[::-1]))
+    assert others[0] != want[0]
+
+
+@pytest.mark.parametrize("kind", [VideoPositions, FarPositions])
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
+def test_training_and_the_loop_use_the_positions_that_were_sampled_at(family: str, kind: type[TextModel]) -> None:
+    model, prompts, videos = build_text_model(family, kind=kind), prompts_of(RAGGED), no_videos(4)
+    engine = RolloutEngine(model, PROCESSOR, params_of(LENGTH))
+    rollout = engine.sample(prompts, videos, num_generations=3, seed=5)
+    loop = sample_eagerly(model, PROCESSOR, prompts, videos, params_of(LENGTH), num_generations=3, seed=5)
+    assert all_kept(rollout) == all_kept(loop)
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    for forward in (padded_logits, packed_logits):
+        with torch.no_grad():
+            logps = selective_log_softmax(forward(model, prompts, videos, ids, mask), ids)
+            counted = selective_log_softmax(forward(build_text_model(family), prompts, videos, ids, mask), ids)
+        torch.testing.assert_close(rollout.sampler_logps[mask], logps[mask], atol=1e-4, rtol=0)
+        assert (counted - logps)[mask].abs().max() > 0.1
 
 
 def test_positions_of_one_axis_that_do_not_begin_at_zero() -> None:

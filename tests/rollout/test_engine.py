@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from trainer_toys import INSTRUCTION, build_model, build_tokenizer, problem
 from fastr1.models.family import DecoderLayout
 from fastr1.models.tinyllava import TinyLlavaProcessor, TinyLlavaVideo
 from fastr1.models.tinyllava.prompts import build_prompt, tokenize_with_image
-from fastr1.rollout import RolloutEngine, SamplingParams, engine, memory
+from fastr1.rollout import RolloutEngine, SamplingParams, engine, memory, token_step
 from fastr1.rollout.eager import sample_eagerly
 from fastr1.rollout.graphs import BUCKETS, StepGraphs, bucket_of
 from fastr1.rollout.memory import RolloutMemoryError, RolloutPlan
@@ -24,8 +28,52 @@ PARAMS = SamplingParams(12)
 class Replayed:
     """Stands for a CUDA graph: runs again what was captured, with the numbers of then."""
 
-    def __init__(self, step: Callable[[], None]) -> None:
+    def __init__(self, step: Callable[[], None], neighbour: Replayed | None) -> None:
         self.replay = step
+
+
+# Doors of the kernels that a step calls, and which of their arguments outlive it: a graph finds these where they were.
+DOORS: dict[str, tuple[int, ...]] = {
+    "add_rms_norm": (2,),
+    "rope_and_store": (3, 4, 6, 7),
+    "decode_attention": (1, 2, 3, 4, 5, 6),
+    "swiglu": (),
+    "sample_tokens": (1, 2),
+}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by every call of a door: its numbers, the shapes of its tensors and where those are that outlive it."""
+    seen: list[Any] = []
+
+    def spied(name: str, door: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            tensors = [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in args]
+            places = [args[i].data_ptr() for i in DOORS[name]]
+            seen.append((name, tensors, places, {k: v for k, v in options.items() if k[1:] != "_norm"}))
+            return door(*args, **options)
+
+        return call
+
+    for name in DOORS:
+        monkeypatch.setattr(token_step, name, spied(name, getattr(token_step, name)))
+    return seen
+
+
+class Captured:
+    """A graph that finds out whether a replay would be right: what the step launches now is what it launched then."""
+
+    def __init__(self, launches: list[Any], step: Callable[[], None], neighbour: Any) -> None:
+        self.step, self.launches = step, launches
+        self.then: list[Any] | None = None
+
+    def replay(self) -> None:
+        start = len(self.launches)
+        self.step()
+        now = self.launches[start:]
+        self.then = self.then or now
+        assert now == self.then
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +111,16 @@ def test_ended_rows_leave(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     assert computed == [int((lengths > step).sum()) for step in range(1, len(computed) + 1)]
     assert computed[-1] < 30
     assert rollout.metrics["wasted_rows"] == 0
+
+
+def test_a_graph_is_replayed_only_where_its_launches_are_those_of_now(toy, launches: list[Any]) -> None:
+    """Rollouts of other lengths, groups and numbers of prompts, in arenas that are kept and in others."""
+    model, processor, prompts, tokens = toy
+    graphs = StepGraphs(partial(Captured, launches))
+    sampler = RolloutEngine(model, processor, replace(PARAMS, temperature=0.8, top_k=30), graphs=graphs)
+    for first, last, group in ((3, 5, 6), (0, 2, 6), (0, 1, 12), (2, 3, 4), (0, 5, 6), (0, 5, 1), (1, 2, 6), (3, 5, 6)):
+        sampler.sample(prompts[first:last], tokens[first:last], num_generations=group)
+    assert graphs.num_replays > 2 * graphs.num_captures
 
 
 @pytest.mark.parametrize("steps_per_look", [1, 3, 16])
@@ -111,6 +169,66 @@ def test_graph_is_not_replayed_where_its_key_has_changed(toy) -> None:
     assert graphs.num_captures > captured  # those of before were dropped
     sampler.sample(prompts, tokens, num_generations=6)  # larger arenas
     assert sampler.token_step.key(4) != key
+
+
+def test_graphs_of_a_hooked_projection_hold_for_one_rollout(toy) -> None:
+    """What a hook or an adapter multiplies with is no address: it may be another number in the next rollout."""
+    model, processor, prompts, tokens = toy
+    graphs = StepGraphs(Replayed)
+    sampler = RolloutEngine(model, processor, PARAMS, graphs=graphs)
+    hook = model.decoder.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    captured = []
+    for _ in range(3):
+        sampler.sample(prompts, tokens, num_generations=2)
+        captured.append(graphs.num_captures)
+    assert 0 < captured[0] < captured[1] < captured[2]
+    hook.remove()
+    for _ in range(2):
+        sampler.sample(prompts, tokens, num_generations=2)
+        captured.append(graphs.num_captures)
+    assert captured[-1] == captured[-2]
+
+
+class FakeGraph:
+    """A graph with the rule of the allocator: the handle of a pool is worth nothing once its graphs are gone."""
+
+    living: ClassVar[weakref.WeakSet[FakeGraph]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.handle: object = None
+
+    def pool(self) -> object:
+        return self.handle
+
+    def replay(self) -> None:
+        """Counted by `StepGraphs`."""
+
+
+def test_captures_share_a_pool_while_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave other threads alone, which load clips onto the same GPU."""
+
+    @contextmanager
+    def capture(graph: FakeGraph, *, pool: object, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        assert pool is None or any(other.handle is pool for other in FakeGraph.living)
+        graph.handle = pool or object()
+        FakeGraph.living.add(graph)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graphs, steps = StepGraphs(), []
+    for key in (8, 16):
+        assert key not in graphs
+        graphs.capture(key, lambda: steps.append("captured"))
+    assert steps == ["captured"] * 2
+    assert len({graph.handle for graph in FakeGraph.living}) == 1
+    graphs.clear()
+    assert not FakeGraph.living
+    assert 8 not in graphs
+    graphs.capture(8, lambda: None)
+    graphs.replay(8)
+    assert (graphs.num_captures, graphs.num_replays) == (3, 1)
 
 
 @torch.no_grad()
@@ -193,15 +311,45 @@ def test_free_bytes_of_this_machine() -> None:
     assert free is None or 2**20 < free < 2**50
 
 
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that advances by a second whenever it is looked at."""
+    clock = iter(range(1000))
+    monkeypatch.setattr("fastr1.rollout.costs.time.perf_counter", lambda: float(next(clock)))
+
+
+def test_warming_up_is_counted_apart(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arenas, a first step and every capture, once; again where arenas are too small."""
+    model, processor, prompts, tokens = toy
+    ticking(monkeypatch)
+    graphs = StepGraphs(Replayed)
+    sampler = RolloutEngine(model, processor, PARAMS, graphs=graphs)
+
+    def sample(number: int) -> tuple[float, int]:
+        before = graphs.num_captures
+        found = sampler.sample(prompts[:number], tokens[:number], num_generations=2, seed=1).metrics
+        assert found["decode_tokens_per_second"] > 0
+        captured = graphs.num_captures - before
+        assert sampler.costs.decode_seconds == 1 + captured  # the clock is looked at for each of them
+        return found["warm_up_seconds"], captured
+
+    for number, others in ((2, 2), (5, 1)):
+        seconds, captured = sample(number)
+        assert captured > 0
+        assert seconds == others + captured
+        assert sample(number) == (0, 0)
+    seconds, captured = sample(2)
+    assert seconds == captured > 0  # a graph of fewer rows, in arenas that are there
+
+
 def test_metrics(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against counts by hand, with a clock that advances by one second."""
     model, processor, prompts, tokens = toy
-    clock = iter(range(100))
-    monkeypatch.setattr("fastr1.rollout.costs.time.perf_counter", lambda: float(next(clock)))
+    ticking(monkeypatch)
     rollout = RolloutEngine(model, processor, replace(PARAMS, temperature=0)).sample(prompts, tokens, num_generations=2)
     lengths, found = rollout.completion_mask.sum(dim=1), rollout.metrics
     assert found["prefill_tokens_per_second"] == sum(model.prompt_lengths(prompts, tokens))
-    assert found["tokens_per_second"] == int(lengths.sum()) / 2
+    assert found["warm_up_seconds"] == 2  # arenas, and a step on padding
+    assert found["tokens_per_second"] == int(lengths.sum()) / 4
     assert found["decode_tokens_per_second"] == int(lengths.sum()) - 10
     assert found["decode_steps"] == int(lengths.max()) - 1
     text = model.layout

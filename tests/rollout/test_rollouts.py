@@ -203,7 +203,7 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string(num_token
     stopped = 0
     for row, completion in enumerate(engine.completions):
         ids, unstopped = kept(rollout, row), kept(plain, row)
-        length = find_stop(PROCESSOR.decode, torch.tensor(unstopped), 0, (stop,))
+        length = find_stop(PROCESSOR.raw_text, torch.tensor(unstopped), 0, (stop,))
         assert ids == unstopped[:length]
         assert (completion.ended_by == "stop string") == (length is not None)
         if length is not None:
@@ -240,6 +240,50 @@ def test_a_stop_string_in_the_last_token_and_at_the_limit_is_no_truncation() -> 
     assert engine.completions[index].ended_by == "stop string"
     assert kept(rollout, index) == row[:limit]
     assert not rollout.is_truncated[index]
+
+
+def spoken(text: str, stop: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], str]:
+    """The token ids and the end of a completion that would say this text, in both ways to sample."""
+    model, ids = build_text_model("qwen2"), PROCESSOR.tokenizer(text).input_ids
+    length = len(ids)
+
+    def project(hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*hidden.shape[:-1], 259)
+        logits[..., ids[len(said) % length]] = 50.0
+        said.append(1)
+        return logits
+
+    monkeypatch.setattr(model, "project", project, raising=False)
+    said: list[int] = []
+    prompt, params = (prompts_of([3]), no_videos(1)), params_of(length, stop_strings=(stop,))
+    engine = RolloutEngine(model, PROCESSOR, params)
+    engine.sample(*prompt)  # the first rollout of an engine runs a step more
+    said.clear()
+    rollout = engine.sample(*prompt)
+    said.clear()
+    by_eager = sample_eagerly(model, PROCESSOR, *prompt, params)
+    assert_same(rollout, by_eager)
+    return kept(rollout, 0), bool(rollout.is_truncated[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "end"),
+    [
+        ("one\n\ntwo", "\n\n", 5),  # an end of line as the last token, before anything follows it
+        ("one two", "e ", 4),
+        (" \tone", "\t", 2),  # before the first letter
+        ("un café noir", "é", 8),  # two bytes, two tokens
+        ("日本語", "本", 6),
+        ("a<pad>b", "<pad>", 2),  # a token that the text of a completion leaves out
+        ("never", "no", None),
+    ],
+)
+def test_stop_strings_are_found_in_what_was_said(
+    text: str, stop: str, end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, is_truncated = spoken(text, stop, monkeypatch)
+    assert ids == PROCESSOR.tokenizer(text).input_ids[:end]
+    assert is_truncated == (end is None)
 
 
 def test_each_end_has_its_name(model: TextModel) -> None:
@@ -332,8 +376,87 @@ def test_min_p_keeps_what_is_likely_enough(model: TextModel, min_p: float) -> No
         assert (rollout.sampler_logps == 0).all()
 
 
+@pytest.mark.parametrize("changes", [{"top_p": 0.5}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.2}], ids=str)
+def test_equal_logits_are_kept_or_left_out_together(changes: dict[str, Any]) -> None:
+    """Four rows of the head are one: the loop must not choose among them either."""
+    model = build_text_model("qwen2")
+    with torch.no_grad():
+        model.language_model.lm_head.weight[3:].view(64, 4, -1)[:] = model.language_model.lm_head.weight[3::4, None]
+    rollout, _ = sample_both(model, params_of(12, **changes), num_generations=GROUP, seed=4)
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    with torch.no_grad():
+        logits = model.padded_logits(prompts_of(LENGTHS), no_videos(5), ids, mask).round(decimals=4)
+    logps = drawn_from(logits, changes).gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(rollout.sampler_logps[mask], logps[mask], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("lengths", [[1], [40], [4, 40, 4], [40, 1, 3]], ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 def test_one_prompt_and_prompts_ten_times_as_long(model: TextModel, lengths: list[int], group: int) -> None:
     rollout, _ = sample_both(model, params_of(16), lengths, num_generations=group, seed=6)
     assert len(rollout.texts) == group * len(lengths)
+
+
+# Refusals
+
+
+@pytest.fixture(params=["engine", "eager"])
+def draw(request: pytest.FixtureRequest) -> Any:
+    def draw_by_engine(model: TextModel, prompts: list[torch.Tensor], **options: Any) -> Rollout:
+        return RolloutEngine(model, PROCESSOR, params_of(4)).sample(prompts, no_videos(len(prompts)), **options)
+
+    def draw_by_eager(model: TextModel, prompts: list[torch.Tensor], **options: Any) -> Rollout:
+        return sample_eagerly(model, PROCESSOR, prompts, no_videos(len(prompts)), params_of(4), **options)
+
+    return draw_by_engine if request.param == "engine" else draw_by_eager
+
+
+def test_what_cannot_be_sampled_is_refused_in_words(draw: Any) -> None:
+    model, prompts = build_text_model("qwen2"), prompts_of([3, 5])
+    for options, message in (
+        ({"num_generations": 0}, "2 prompts with 0 completions each"),
+        ({"prompt_keys": [1]}, "1 prompt_keys for 2 prompts"),
+        ({"prompt_keys": [1, 2, 3]}, "3 prompt_keys for 2 prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(model, prompts, **options)
+    with pytest.raises(ValueError, match="0 prompts"):
+        draw(model, [])
+    for token in (-200, 259):
+        model.media_token_ids = (7, token)
+        with pytest.raises(ValueError, match=f"media_token_ids has {token}, which is no id of a vocabulary of 259"):
+            draw(model, prompts)
+    with pytest.raises(ValueError, match="max_completion_length is 0"):
+        params_of(0)
+
+
+def test_a_model_in_training_mode_is_refused(draw: Any) -> None:
+    """With gradient checkpointing it would keep no cache, and sample without its prompts."""
+    model = build_text_model("qwen2")
+    model.train()
+    with pytest.raises(ValueError, match=r"training mode.*model.eval\(\)"):
+        draw(model, prompts_of([3]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["layers.1.mlp.down_proj.weight", "norm.weight"])
+def test_a_model_that_has_diverged_is_an_error(draw: Any, where: str, value: float) -> None:
+    model = build_text_model("qwen2")
+    with torch.no_grad():
+        model.decoder.get_parameter(where).flatten()[0] = value
+    with pytest.raises(ValueError, match=r"6 of 6 completions, the first is number 0, .*with a NaN"):
+        draw(model, prompts_of([3, 5]), num_generations=3)
+
+
+# Other sizes and dtypes
+
+
+def test_arenas_of_another_dtype_are_not_used(model: TextModel) -> None:
+    model = build_text_model("qwen3")
+    engine = RolloutEngine(model, PROCESSOR, params_of(8))
+    first = sample(engine)
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype)
+        assert all_kept(sample(engine)) == all_kept(sample(RolloutEngine(model, PROCESSOR, params_of(8))))
+    engine.model = build_text_model("qwen3")
+    assert all_kept(sample(engine)) == all_kept(first)

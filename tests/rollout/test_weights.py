@@ -13,6 +13,7 @@ from second_family import SecondProcessor
 from torch import nn
 
 from fastr1.config import OptimConfig
+from fastr1.models.decoder_stack import UnknownDecoderError
 from fastr1.rollout import RolloutEngine
 from fastr1.rollout.eager import sample_eagerly
 from fastr1.schema import Rollout
@@ -179,6 +180,46 @@ def test_adapters_of_peft_are_honoured() -> None:
     adapted = sample_anew(model)
     assert all_kept(adapted) != all_kept(plain)
     assert_same(adapted, sample_by_eager(model))
+
+
+Hook = Callable[[nn.Module], Any]
+HOOKS: dict[str, Hook] = {
+    "output": lambda module: module.register_forward_hook(
+        lambda _, inputs, out: out - inputs[0].mean(-1, keepdim=True)
+    ),
+    "input": lambda module: module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0.5,)),
+    "another forward": lambda module: setattr(module, "forward", lambda x: 2 * nn.Linear.forward(module, x)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("name", ["v_proj", "o_proj", "gate_proj", "down_proj"])
+def test_a_hook_on_a_projection_is_honoured(name: str, hook: Hook) -> None:
+    """It is called by the prefill and by training: a step that left it out would sample from another model."""
+    model = build_text_model("qwen2")
+    engine = RolloutEngine(model, PROCESSOR, PARAMS)
+    plain = sample(engine)
+    hook(model.decoder.layers[1].get_submodule(path_of(name)))
+    hooked = sample(engine)
+    assert (hooked.sampler_logps[:, 0] - plain.sampler_logps[:, 0]).abs().max() > 1e-3
+    assert_same(hooked, sample_by_eager(model))
+
+
+def test_a_hook_on_the_embedding_is_honoured() -> None:
+    model = build_text_model("llama")
+    model.decoder.embed_tokens.register_forward_hook(lambda module, inputs, out: 1.5 * out)
+    assert_same(sample_anew(model), sample_by_eager(model))
+
+
+@pytest.mark.parametrize("path", ["", "layers.1", "layers.0.self_attn", "layers.1.mlp", "layers.0.input_layernorm"])
+def test_a_hook_that_a_step_would_leave_out_is_refused(path: str) -> None:
+    model = build_text_model("qwen3")
+    engine = RolloutEngine(model, PROCESSOR, PARAMS)
+    hook = model.decoder.get_submodule(path).register_forward_hook(lambda module, inputs, out: None)
+    with pytest.raises(UnknownDecoderError, match=f"forward hook on {path or 'itself'}.*remove the hook"):
+        sample(engine)
+    hook.remove()
+    sample(engine)
 
 
 def rewrite(model: TextModel) -> None:

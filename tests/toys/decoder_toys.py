@@ -10,11 +10,15 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLTextConfig,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -112,6 +116,34 @@ def build_text_model(
                 torch.nn.init.normal_(parameter, std=0.3)
         model.lm_head.weight[:2] *= end_scale  # some completions end early, some never
     return kind(model).eval()
+
+
+VIDEO = 258  # stands for every token of a video; `prompts_of` may draw it too, where there is none
+VISION: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "Qwen2_5_VLTextModel": (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        {"fullatt_block_indexes": [0], "window_size": 16, "tokens_per_second": 2},
+    ),
+    "Qwen3VLTextModel": (
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        {"deepstack_visual_indexes": [], "num_position_embeddings": 16},
+    ),
+}
+
+
+def for_generation(model: TextModel, video_id: int = VOCABULARY) -> Any:
+    """What has `generate` around decoder and head of a model: around a text stack, a whole model with a tiny tower."""
+    if hasattr(model.language_model, "generate"):
+        return model.language_model
+    made, config, more = VISION[type(model.decoder).__name__]
+    tower = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
+    ids = {"image_token_id": VOCABULARY + 1, "video_token_id": video_id, "vision_start_token_id": VOCABULARY + 2}
+    text = model.decoder.config.to_dict()
+    whole = made(config(text_config=text, vision_config={**tower, **more, "out_hidden_size": SIZE}, **ids)).eval()
+    whole.model.language_model, whole.lm_head = model.decoder, model.language_model.lm_head
+    return whole
 
 
 def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[torch.Tensor]:

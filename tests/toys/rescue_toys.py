@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import trainer_toys
 from trainer_toys import make_config
 
+from fastr1.rollout import engine
 from fastr1.training.grpo import run_grpo
 
 SETTINGS = {
@@ -40,6 +43,11 @@ def fail_on_one_rank(rank: int, folder: Path) -> None:
         trainer_toys.BEFORE_SCORING.append(lambda update: 1 / (update - 3))
     attempt("reward")
     attempt("reward resumed", run__output_dir=str(folder / "reward"), run__resume_from_checkpoint="last")
+    checked, draws = engine.check_logps, count(1)
+    if rank == 1:  # its weights have turned to NaN in the third update
+        engine.check_logps = lambda logps: checked(logps * math.nan if next(draws) == 3 else logps)
+    attempt("rollout")
+    engine.check_logps = checked
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:  # its files cannot be written in the third update
         sizes = {3: 20_000}

@@ -259,7 +259,7 @@ def test_a_draw(fake_run: Any, temperature: float) -> None:
         _, hidden = model.prefill(embeds, mask, GROUP)
         keys = completion_keys(0, range(NUM_PROMPTS), GROUP).to(fake_run.device)
         logits = model.project(hidden)[:, -1].float()
-        token, logp = eager._draw(logits, params, eager._build_warpers(params), keys, 0)
+        token, logp = eager._draw(logits, params, keys, 0)
     assert (token.device, logp.device, logp.dtype) == (fake_run.device, fake_run.device, torch.float32)
 
 

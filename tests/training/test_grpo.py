@@ -165,7 +165,8 @@ def test_error_on_one_of_two_ranks_hangs_and_loses_nothing(two_processes: Path) 
     told = [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
     assert [told[rank][name][0] for name in ("whole", "reward resumed") for rank in range(2)] == [""] * 4
     # what a video lacks is known to both, and the first tells it
-    for name, error, own in (("reward", "RewardError", 1), ("disk", "DiskError", 1), ("evaluation", "DataError", 0)):
+    failures = (("reward", "RewardError", 1), ("rollout", "NonFiniteLogitsError", 1), ("disk", "DiskError", 1))
+    for name, error, own in (*failures, ("evaluation", "DataError", 0)):
         (kind, text), (own_kind, own_text) = told[1 - own][name], told[own][name]
         last = folder / name / "checkpoints" / "step-000002"
         assert (kind, own_kind) == ("PeerError", error)
