@@ -20,6 +20,7 @@ class RolloutCosts:
         self.prompt_lengths: list[int] = []
         self.num_completions = 0
         self.num_steps = self.computed_rows = self.read_suffix_tokens = 0
+        self.num_guesses = self.guessed_tokens = self.right_tokens = 0
 
     @contextmanager
     def prefill(self, embeds: Sequence[torch.Tensor], num_completions: int) -> Iterator[None]:
@@ -35,15 +36,23 @@ class RolloutCosts:
         yield
         self.decode_seconds = time.perf_counter() - start
 
-    def add_step(self, num_rows: int, suffix_length: int) -> None:
-        """A step that computed so many rows, padding and ended ones among them."""
+    def add_step(self, num_rows: int, suffix_tokens: int) -> None:
+        """A step that computed so many rows, padding and ended ones among them, and read so many tokens of
+        completions."""
         self.num_steps += 1
         self.computed_rows += num_rows
-        self.read_suffix_tokens += num_rows * suffix_length
+        self.read_suffix_tokens += suffix_tokens
+
+    def add_guess(self, num_tokens: int, num_right: int) -> None:
+        """So many tokens were guessed behind one completion in one step, none perhaps."""
+        self.num_guesses += 1
+        self.guessed_tokens += num_tokens
+        self.right_tokens += num_right
 
     def metrics(self, model: VideoLanguageModel, num_tokens: int, graphs: StepGraphs | None) -> dict[str, float]:
         """Tokens per second, 10⁹ bytes per second that decoding read at least (weights, and the prompts' keys and
-        values, once a step), and the share of computed rows that gave no token: padding, and ended completions."""
+        values, once a step), and the share of computed rows that gave no token: padding, ended completions and wrong
+        guesses. With speculation, tokens of a completion per step, and the share of guessed tokens that were right."""
         layout, size = model.layout, model.dtype.itemsize
         token_bytes = layout.kv_bytes(size)
         weights = sum(p.numel() for p in model.decoder.layers.parameters())
@@ -60,6 +69,9 @@ class RolloutCosts:
             found["decode_tokens_per_second"] = decoded / self.decode_seconds
             found["decode_gb_per_second"] = read / self.decode_seconds / 1e9
             found["wasted_rows"] = 1 - decoded / self.computed_rows
+        if self.num_guesses:
+            found["mean_acceptance_length"] = 1 + self.right_tokens / self.num_guesses
+            found["draft_acceptance_rate"] = self.right_tokens / max(self.guessed_tokens, 1)
         if graphs:
             found |= {"graph_replays": float(graphs.num_replays), "graph_captures": float(graphs.num_captures)}
         return found

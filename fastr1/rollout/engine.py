@@ -63,7 +63,9 @@ class RolloutEngine:
         keeps_arenas: bool = True,
         graphs: StepGraphs | None = None,  # None: those of CUDA on a GPU, no graphs elsewhere
         steps_per_look: int | None = None,  # between two looks at who has ended; None: 16 on a GPU, else 1
+        rows_per_completion: int = 1,  # at most, in a step
     ) -> None:
+        self.rows_per_completion = rows_per_completion
         self.model, self.processor, self.params, self.keeps_arenas = model, processor, params, keeps_arenas
         on_gpu = model.device.type == "cuda"
         self.graphs = graphs or (StepGraphs() if on_gpu else None)
@@ -121,6 +123,7 @@ class RolloutEngine:
         """One more token for every completion that has not ended."""
         self._schedule()
         self._run()
+        self.costs.add_step(self.num_rows, self._suffix_tokens())
         self._finish()
 
     def _start(
@@ -133,7 +136,13 @@ class RolloutEngine:
         if self._arenas is None or not self._arenas.holds(*size):
             self.release()  # before there are others
             plan = RolloutPlan(
-                self.model.layout, embeds[0].dtype, size[0], size[1], num_generations, self.params.max_completion_length
+                self.model.layout,
+                embeds[0].dtype,
+                size[0],
+                size[1],
+                num_generations,
+                self.params.max_completion_length,
+                self.rows_per_completion,
             )
             free = free_bytes(embeds[0].device)
             if free is not None:
@@ -147,7 +156,7 @@ class RolloutEngine:
                 dtype=embeds[0].dtype,
                 device=embeds[0].device,
             )
-            self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device)
+            self._rows = DecodingRows(size[2], size[0], size[3], embeds[0].device, self.rows_per_completion)
         assert self._rows is not None
         num_positions = max(self._arenas.prompt_length, *first_positions) + self._arenas.completion_length
         if self.token_step is None or len(self.token_step.cos) < num_positions:
@@ -158,7 +167,7 @@ class RolloutEngine:
             )
         self._rows.start(keys, lengths, first_positions, num_generations)
         known = self.token_step.addresses
-        self.token_step.refresh(self.stack, num_generations)
+        self.token_step.refresh(self.stack, num_generations * self.rows_per_completion)
         if self.graphs and self.token_step.addresses != known:
             self.graphs.clear()  # what they read has moved
         # ZeRO stage 3 gathers weights to other places every time: graphs of them would be captured to be used once.
@@ -226,7 +235,10 @@ class RolloutEngine:
         else:
             self.token_step(self.num_rows)
         self.num_steps += 1
-        self.costs.add_step(self.num_rows, self.num_steps)
+
+    def _suffix_tokens(self) -> int:
+        """How many tokens of completions the last step has read."""
+        return self.num_rows * self.num_steps
 
     def _warm_up(self, step: Callable[[], None]) -> None:
         """Run a step on padding alone, without a trace in the rows; padding writes nothing into the arenas."""

@@ -38,8 +38,8 @@ def decode_attention(
     """softmax(scale · q [prefix; suffix]ᵀ) [prefix; suffix] of one query per row; the prefix of a prompt is read once.
 
     Row r of prompt b, cu_rows[b] <= r < cu_rows[b + 1], attends to prefix_k[b, :, :prefix_lengths[b]] and to
-    suffix_k[suffix_rows[r], :, :suffix_lengths[r]]; head h of q uses head h // (H // Hkv) of them. Groups may be ragged or
-    empty. What lies in the caches beyond the lengths reaches nothing, NaN included.
+    suffix_k[suffix_rows[r], :, :suffix_lengths[r]]; head h of q uses head h // (H // Hkv) of them. Groups may be
+    ragged or empty. What lies in the caches beyond the lengths reaches nothing, NaN included.
 
     Returns:
         (R, H, d) in q's dtype; zeros for rows from cu_rows[B] on, and for a row with nothing to attend to.

@@ -94,9 +94,9 @@ def test_graph_is_not_replayed_where_its_key_has_changed(toy) -> None:
     key = step.key(4)
     assert key == step.key(4)
     assert key != step.key(8)
-    step.num_generations = 5
+    step.max_group = 5
     assert key != step.key(4)
-    step.num_generations = 4
+    step.max_group = 4
     weight = model.decoder.layers[0].mlp.up_proj.weight
     old = weight.data
     captured = graphs.num_captures
