@@ -10,6 +10,7 @@ without speculation and with it in turn, the tokens of both compared, and their 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -29,21 +30,21 @@ from fastr1.schema import Rollout
 from fastr1.video import load_pixels
 
 RESULTS = harness.RESULTS / "speculation.jsonl"
-PROMPTS, GROUP, LENGTH = 8, 8, 64  # of an update, as the demo's
+NUM_PROMPTS, GROUP, LENGTH = (8, 1), 8, 64  # of an update: the demo's, and one prompt alone
 CASES = (("cold start", "cold start"), ("cold start", "after GRPO"), ("after GRPO", "after GRPO"))  # history, policy
 DATA = DataConfig(num_frames=8)
 
 Update = tuple[list[Tensor], list[Tensor]]  # prompts and videos
 
 
-def load_updates(run: Path, processor: Processor, number: int) -> list[Update]:
+def load_updates(run: Path, processor: Processor, number: int, num_prompts: int) -> list[Update]:
     """Prompts and pixels of the first updates."""
-    samples = load_questions(run / "data" / "train.jsonl", run / "data", limit=number * PROMPTS).samples
+    samples = load_questions(run / "data" / "train.jsonl", run / "data", limit=number * num_prompts).samples
     ids = [processor.prompt_ids(sample.problem, instruction=DATA.instruction) for sample in samples]
     device = harness.device()
     pixels = [load_pixels(sample.video_path, DATA, processor.preprocess_frames, device) for sample in samples]
-    starts = range(0, len(samples), PROMPTS)
-    return [([x.to(device) for x in ids[i : i + PROMPTS]], pixels[i : i + PROMPTS]) for i in starts]
+    starts = range(0, len(samples), num_prompts)
+    return [([x.to(device) for x in ids[i : i + num_prompts]], pixels[i : i + num_prompts]) for i in starts]
 
 
 def roll_out(engine: RolloutEngine, update: Update, number: int) -> tuple[Rollout, float]:
@@ -51,7 +52,7 @@ def roll_out(engine: RolloutEngine, update: Update, number: int) -> tuple[Rollou
     model, (prompts, videos) = engine.model, update
     with torch.no_grad():
         tokens = model.visual_tokens([model.encode(video) for video in videos])
-    keys = list(range(number * PROMPTS, number * PROMPTS + len(prompts)))
+    keys = list(range(number * len(prompts), (number + 1) * len(prompts)))
     harness.synchronise()
     start = time.perf_counter()
     rollout = engine.sample(prompts, tokens, num_generations=GROUP, prompt_keys=keys)
@@ -109,23 +110,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of a finished `make demo`")
     parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--num-speculative-tokens", type=int, nargs="+", default=[8])
+    parser.add_argument("--num-speculative-tokens", type=int, default=8)
     parser.add_argument("--no-rows", action="store_true", help="print only")
     given = parser.parse_args()
     torch.manual_seed(harness.SEED)
     folders = {name: given.run / part / "final" for name, part in (("cold start", "coldstart"), ("after GRPO", "grpo"))}
     models = {name: load_model(path, device=harness.device(), dtype="float32") for name, path in folders.items()}
     processor = load_processor(folders["cold start"])
-    updates = load_updates(given.run, processor, given.updates)
-    for number in given.num_speculative_tokens:
-        for past, policy in CASES:
-            found = measure(models[past].eval(), models[policy].eval(), processor, updates, number)
-            row = {**harness.machine_info(), "op": "speculation", "history": past, "policy": policy}
-            row |= {"num_speculative_tokens": number, "updates": given.updates, **found}
-            print(json.dumps(row))
-            if not given.no_rows:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    for num_prompts, (past, policy) in itertools.product(NUM_PROMPTS, CASES):
+        updates = load_updates(given.run, processor, given.updates, num_prompts)
+        found = measure(models[past].eval(), models[policy].eval(), processor, updates, given.num_speculative_tokens)
+        row = {
+            **harness.machine_info(),
+            "op": "speculation",
+            "history": past,
+            "policy": policy,
+            "updates": len(updates),
+        }
+        row |= {"num_prompts": num_prompts, "num_generations": GROUP, **found}
+        row["num_speculative_tokens"] = given.num_speculative_tokens
+        print(json.dumps(row))
+        if not given.no_rows:
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ MAX_TOKENS = 2**24  # remembered of all prompts together, 4 bytes each
 KEPT = 16  # last completions of a prompt that are remembered
 MOST_PLACES = 256  # last places behind a token that are looked at where a new end is searched for
 LEAST = 0.5  # likelihood of a guess, all its tokens together, that is still made
-START = -1  # before the first token of every text
+START, NOTHING = -1, -2  # before the first token of every text, and behind the last
 
 
 class History:
@@ -52,73 +52,71 @@ class History:
 class Drafter:
     """Guesses for the completions of one prompt while they grow, numbered from 0."""
 
-    def __init__(self, earlier: Sequence[Sequence[int]], num_generations: int, end_ids: Collection[int]) -> None:
+    def __init__(
+        self, earlier: Sequence[Sequence[int]], num_generations: int, max_length: int, end_ids: Collection[int]
+    ) -> None:
         self.num_generations, self._end_ids = num_generations, frozenset(end_ids)
-        self._texts = [[START, *ids] for ids in earlier] + [[START] for _ in range(num_generations)]
-        self._first = len(earlier)
-        # Behind every token, the places of what follows: (text, place).
-        self._behind: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-        for number, text in enumerate(self._texts):
-            for place, token in enumerate(text, 1):
-                self._behind[token].append((number, place))
-        everywhere = self._behind[START]
-        self._nodes = [[o for o in everywhere if o[0] != self._first + g] for g in range(num_generations)]
-        self._read = [1] * num_generations  # tokens of each growing text on the way to its node
+        # One text behind the other, those that grow with room for their last tokens. An occurrence is the place behind.
+        self._tokens = [token for ids in earlier for token in (START, *ids, NOTHING)]
+        first, room = len(self._tokens), [START, *[NOTHING] * (max_length + 1)]
+        self._tokens += room * num_generations
+        self._nexts = [first + g * len(room) + 1 for g in range(num_generations)]  # where a text goes on
+        self._behind: defaultdict[int, list[int]] = defaultdict(list)  # every token
+        for place, token in enumerate(self._tokens[:first], 1):
+            self._behind[token].append(place)
+        self._behind[START] += self._nexts
+        self._nodes = [[place for place in self._behind[START] if place != own] for own in self._nexts]
+        self._read = list(self._nexts)  # as far as the way to its node goes
 
     def extend(self, completion: int, tokens: Sequence[int]) -> None:
         """Tokens that a completion has said."""
-        number = self._first + completion
-        text = self._texts[number]
         for token in tokens:
-            text.append(token)
-            self._behind[token].append((number, len(text)))
+            self._tokens[self._nexts[completion]] = token
+            self._nexts[completion] += 1
+            self._behind[token].append(self._nexts[completion])
 
     def draft(self, completion: int, most: int) -> list[int]:
         """Up to so many tokens that it may say next, none of which ends it."""
-        texts, node, likelihood = self._texts, self._node(completion), 1.0
+        node, likelihood = self._node(completion), 1.0
         drafted: list[int] = []
         while len(drafted) < most:
-            counts: dict[int, int] = {}
-            for number, place in node:
-                if place < len(texts[number]):
-                    token = texts[number][place]
-                    counts[token] = counts.get(token, 0) + 1
-            if not counts:
+            following = [token for token in map(self._tokens.__getitem__, node) if token != NOTHING]
+            if not following:
                 break
-            token = max(counts, key=counts.__getitem__)  # of equal ones that of the oldest text
-            likelihood *= counts[token] / (sum(counts.values()) + 0.5)
+            token = max(dict.fromkeys(following), key=following.count)  # of equal ones the first
+            likelihood *= following.count(token) / (len(following) + 0.5)
             if likelihood < LEAST or token in self._end_ids:
                 break
             drafted.append(token)
             node = self._child(node, token)
         return drafted
 
-    def _child(self, node: list[tuple[int, int]], token: int) -> list[tuple[int, int]]:
-        texts = self._texts
-        return [(n, place + 1) for n, place in node if place < len(texts[n]) and texts[n][place] == token]
+    def _child(self, node: list[int], token: int) -> list[int]:
+        tokens = self._tokens
+        return [place + 1 for place in node if tokens[place] == token]
 
-    def _node(self, completion: int) -> list[tuple[int, int]]:
+    def _node(self, completion: int) -> list[int]:
         """Where a completion stands: the occurrences of its longest end."""
-        node, text = self._nodes[completion], self._texts[self._first + completion]
-        for token in text[self._read[completion] :]:
+        node, end = self._nodes[completion], self._nexts[completion]
+        for token in self._tokens[self._read[completion] : end]:
             node = self._child(node, token)
-        self._read[completion] = len(text)
-        self._nodes[completion] = node or self._longest(self._first + completion)
+        self._read[completion] = end
+        self._nodes[completion] = node or self._longest(end)
         return self._nodes[completion]
 
-    def _longest(self, number: int) -> list[tuple[int, int]]:
+    def _longest(self, end: int) -> list[int]:
         """Places behind the longest end of a text that is found elsewhere."""
-        text = self._texts[number]
-        found: list[tuple[int, int]] = []
+        tokens = self._tokens
+        found: list[int] = []
         longest = 1
-        for n, place in self._behind[text[-1]][-MOST_PLACES:]:
-            if n == number and place == len(text):
+        for place in self._behind[tokens[end - 1]][-MOST_PLACES:]:
+            if place == end:
                 continue
-            other, length = self._texts[n], 1
-            while length < min(place, len(text)) and other[place - 1 - length] == text[-1 - length]:
+            length = 1
+            while tokens[end - length] != START and tokens[place - length - 1] == tokens[end - length - 1]:
                 length += 1
             if length > longest:
                 found, longest = [], length
             if length == longest:
-                found.append((n, place))
+                found.append(place)
         return found

@@ -67,7 +67,8 @@ class SpeculativeEngine(RolloutEngine):
         names = [ids.cpu().numpy().tobytes() for ids in prompt_ids]
         group = options.get("num_generations", 1)
         ends = self.processor.end_token_ids
-        self.drafters = [Drafter(self.history.recall(name), group, ends) for name in names]
+        length = self.params.max_completion_length
+        self.drafters = [Drafter(self.history.recall(name), group, length, ends) for name in names]
         rollout = super().sample(prompt_ids, visual_tokens, **options)
         lengths = rollout.completion_mask.sum(dim=1).tolist()
         texts = [ids[:length] for ids, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]

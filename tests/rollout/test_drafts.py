@@ -16,7 +16,7 @@ END = 9
 
 def said(earlier: list[list[int]], *tokens: int, most: int = 8, group: int = 1) -> list[int]:
     """What is guessed behind these tokens."""
-    drafter = Drafter(earlier, group, [END])
+    drafter = Drafter(earlier, group, 40, [END])
     drafter.extend(0, tokens)
     return drafter.draft(0, most)
 
@@ -57,7 +57,7 @@ texts_of = st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=12), min_si
 @settings(max_examples=300, deadline=None)
 def test_drafts_are_those_of_a_search_by_hand(earlier: list[list[int]], spurts: list[list[int]], most: int) -> None:
     """One completion that grows by some tokens at a time, over earlier ones and itself."""
-    drafter = Drafter(earlier, 1, {3})
+    drafter = Drafter(earlier, 1, 32, {3})
     own = [START]
     texts = [*([START, *ids] for ids in earlier), own]
     assert drafter.draft(0, most) == likeliest_by_hand(texts, own, {3}, most)
@@ -101,7 +101,7 @@ def test_an_end_is_not_guessed_and_nothing_behind_it() -> None:
 
 
 def test_the_group_is_learned_from_while_it_grows() -> None:
-    drafter = Drafter([], 5, [END])
+    drafter = Drafter([], 5, 9, [END])
     assert drafter.draft(0, 4) == []
     for other in range(1, 5):
         drafter.extend(other, [1, 2, 3, 4])
@@ -114,7 +114,7 @@ def test_the_group_is_learned_from_while_it_grows() -> None:
 
 
 def test_what_a_completion_said_itself_is_learned_from() -> None:
-    drafter = Drafter([], 1, [END])
+    drafter = Drafter([], 1, 6, [END])
     drafter.extend(0, [1, 2, 3, 4, 1, 2])
     assert drafter.draft(0, 1) == [3]
 
@@ -161,7 +161,7 @@ def test_a_remembered_text_takes_four_bytes_a_token() -> None:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_guesses_do_not_depend_on_who_asks_first(order: list[int]) -> None:
-    drafter = Drafter([[1, 2, 3, 4]] * 6, 2, [END])
+    drafter = Drafter([[1, 2, 3, 4]] * 6, 2, 2, [END])
     drafter.extend(0, [1, 2])
     drafter.extend(1, [7, 2])
     guesses = {completion: drafter.draft(completion, 4) for completion in order}

@@ -15,6 +15,7 @@ from fastr1.rollout import RolloutEngine, SamplingParams, build_sampler
 from fastr1.rollout.drafts import History
 from fastr1.rollout.eager import sample_eagerly
 from fastr1.rollout.graphs import StepGraphs
+from fastr1.rollout.memory import RolloutMemoryError
 from fastr1.rollout.rows import LARGEST_STEP, rows_of_step
 from fastr1.rollout.speculation import SpeculativeEngine, count_equal, fitted
 from fastr1.schema import Rollout
@@ -332,6 +333,14 @@ def test_a_step_has_no_more_rows_than_there_is_room_for(one_model: TextModel, mo
     remember(engine, [row for row in all_kept(want) for _ in range(4)])
     assert_same(engine.sample(PROMPTS, VIDEOS, num_generations=4), want)
     assert max(rows for rows, _ in engine.steps) == 20
+
+
+def test_room_for_guesses_is_planned(one_model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 2**20
+    monkeypatch.setattr("fastr1.rollout.engine.free_bytes", lambda device: free)
+    plain(one_model, params_of(LENGTH), num_generations=20)
+    with pytest.raises(RolloutMemoryError, match=r"rollout\.num_speculative_tokens to"):
+        SpeculativeEngine(one_model, PROCESSOR, params_of(LENGTH), 32).sample(PROMPTS, VIDEOS, num_generations=20)
 
 
 def test_rows_of_a_step() -> None:
