@@ -78,7 +78,7 @@ class RolloutPlan:
             ("grpo.num_generations", "num_generations", 2),
         ):
             number = self._largest(field, free_bytes)
-            if least <= number < getattr(self, field):
+            if number >= least:
                 ways.append(f"{setting} to {number - (field == 'rows_per_completion')} or less")
         if not ways:
             return "one prompt alone does not fit; use fewer frames or a GPU with more memory"

@@ -113,6 +113,16 @@ def test_the_group_is_learned_from_while_it_grows() -> None:
     assert drafter.draft(0, 4) == [3, 4, 6]
 
 
+def test_a_text_ends_where_it_begins() -> None:
+    """All of what completion 1 has said is found thrice; what lies before these texts counts for nothing."""
+    drafter = Drafter([], 4, 9, [END])
+    drafter.extend(1, [1, 2])
+    assert drafter.draft(1, 1) == []  # ahead of the others
+    for other, token in ((0, 4), (2, 4), (3, 3)):
+        drafter.extend(other, [1, 2, token])
+    assert drafter.draft(1, 1) == [4]
+
+
 def test_what_a_completion_said_itself_is_learned_from() -> None:
     drafter = Drafter([], 1, 6, [END])
     drafter.extend(0, [1, 2, 3, 4, 1, 2])
