@@ -217,16 +217,39 @@ def test_a_bounded_history_forgets(one_model: TextModel) -> None:
 # Ends
 
 
+def ascii_model(end_scale: float = 2.0) -> TextModel:
+    """Says some thirty letters and little else."""
+    model = build_text_model("qwen2", end_scale=1.0)
+    with torch.no_grad():
+        model.language_model.lm_head.weight[:2] *= end_scale
+        model.language_model.lm_head.weight[35:96] *= 3.0
+    return model
+
+
+def test_a_stop_string_counts_before_what_the_same_step_brings_behind_it() -> None:
+    """An end token, or the last token that there is room for."""
+    model, limit, has_ended = ascii_model(3.0), 14, set()
+    for seed in range(16):
+        for prompt, row in enumerate(all_kept(plain(model, params_of(limit), seed=seed))):
+            stop = PROCESSOR.decode(torch.tensor(row[-3:-1]))
+            if len(row) < 6 or len(stop) != 2:
+                continue
+            params, alone = params_of(limit, stop_strings=(stop,)), [PROMPTS[prompt]]
+            engine = Speculating(model, PROCESSOR, params, 16)
+            remember(engine, [row] * 16, alone)
+            got = engine.sample(alone, no_videos(1), seed=seed, prompt_keys=[prompt])
+            assert_same(got, plain(model, params, alone, seed=seed, prompt_keys=[prompt]))
+            assert engine.num_steps == 1
+            assert engine.completions[0].ended_by == "stop string"
+            has_ended.add(row[-1] in PROCESSOR.end_token_ids)
+    assert has_ended == {True, False}
+
+
 def test_stop_strings_end_where_they_end() -> None:
     """Also in the middle of what a step has brought."""
-    model = build_text_model("qwen2", end_scale=1.0)
-    with torch.no_grad():  # says some thirty letters and little else
-        model.language_model.lm_head.weight[35:96] *= 3.0
+    model = ascii_model()
     rows = all_kept(plain(model, params_of(LENGTH), num_generations=8))
-    # In the middle; in the step that comes to the limit; in the step that comes to the end token.
-    pairs = [row[place : place + 2] for row in rows[::4] for place in (5, 12, 20)]
-    pairs += [row[-3:-1] for row in rows if row[-1] in PROCESSOR.end_token_ids]
-    texts = [PROCESSOR.decode(torch.tensor(pair)) for pair in pairs]
+    texts = [PROCESSOR.decode(torch.tensor(row[place : place + 2])) for row in rows[::4] for place in (5, 12)]
     params = params_of(LENGTH, stop_strings=tuple(text for text in texts if len(text) == 2))
     want = plain(model, params, num_generations=8)
     stopped = [len(ids) < len(row) for ids, row in zip(all_kept(want), rows, strict=True)]
