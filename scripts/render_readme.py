@@ -269,11 +269,39 @@ def _rollout_line(row: Row) -> str:
     )
 
 
+def speculation_table(root: Path) -> str:
+    """What guesses from an epoch bring in the next: the cases of the last run."""
+    if not (root / "bench" / "results" / "speculation.jsonl").exists():
+        return "No results yet."
+    rows = _read(root, "speculation")
+    last = rows[-1]
+    cases = [row for row in rows if all(row[key] == last[key] for key in ("device", "commit", "time"))]
+    alike = sum(row["same_completions"] * row["updates"] for row in cases)
+    drawn = sum(row["completions"] * row["updates"] for row in cases)
+    caption = (
+        f"Up to {last['num_speculative_tokens']} tokens guessed ahead; {last['device']}, {last['threads']} threads; "
+        f"means of {last['updates']} updates of the second epoch; {alike:,.0f} of {drawn:,.0f} completions are those "
+        f"without speculation, token for token; commit {last['commit'][:10]}."
+    )
+    head = "| history → policy | completions | tokens a step | right guesses | steps | time |"
+    lines = [textwrap.fill(caption, 120), "", head, "|---" * 6 + "|"]
+    return "\n".join([*lines, *map(_speculation_line, cases)])
+
+
+def _speculation_line(row: Row) -> str:
+    return (
+        f"| {row['history']} → {row['policy']} | {row['num_prompts']} × {row['num_generations']} | "
+        f"{row['mean_acceptance_length']:.1f} | {row['draft_acceptance_rate']:.0%} | {row['plain_steps']:.0f} → "
+        f"{row['speculative_steps']:.0f} | {row['plain_ms']:,.0f} → {row['speculative_ms']:,.0f} ms |"
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Path], str]] = {
     "demo:headline": demo_headline,
     "demo:table": demo_table,
     "loading:table": loading_table,
     "rollout:table": rollout_table,
+    "rollout:speculation": speculation_table,
     "step:table": step_table,
 }
 

@@ -63,6 +63,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grpo.num_iterations": _AT_LEAST_ONE,
     "grpo.max_num_gen_batches": _AT_LEAST_ONE,
     "grpo.steps_per_generation": _AT_LEAST_ONE,
+    "rollout.num_speculative_tokens": (lambda value: 0 <= value <= 32, "0 to 32; 0 guesses nothing ahead"),
     "optim.learning_rate": _AT_LEAST_ZERO,
     "optim.warmup_ratio": _SHARE,
     "optim.weight_decay": _AT_LEAST_ZERO,
@@ -228,6 +229,11 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise ConfigError(
             f"data.max_frames is {data.max_frames} but data.num_frames is {data.num_frames}; the cap belongs to "
             "one frame per second: set data.num_frames to -1 or data.max_frames to null"
+        )
+    if config.rollout.backend == "eager" and config.rollout.num_speculative_tokens:
+        raise ConfigError(
+            f"rollout.num_speculative_tokens is {config.rollout.num_speculative_tokens} but rollout.backend is "
+            "'eager', which guesses nothing ahead; set it to 0, or choose the backend 'engine'"
         )
     if run.eval_steps > 0 and data.eval_file is None:
         raise ConfigError(

@@ -108,6 +108,7 @@ class GRPOConfig:
 class RolloutConfig:
     backend: RolloutBackend = "engine"  # eager: the plain loop, slower, for any decoder
     keep_arenas: bool = True  # keys and values keep their memory during the training passes
+    num_speculative_tokens: int = 0  # guessed ahead at most, from earlier completions; 0: no speculation
 
 
 @dataclass(frozen=True)

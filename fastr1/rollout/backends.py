@@ -1,4 +1,5 @@
-"""What samples: the engine, or the plain loop that is its oracle. Both give the same completions."""
+"""What samples: the engine, with speculation or without, or the plain loop that is its oracle. All give the same
+completions."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from fastr1.models import Processor, VideoLanguageModel
 from fastr1.rollout.eager import sample_eagerly
 from fastr1.rollout.engine import RolloutEngine
 from fastr1.rollout.params import SamplingParams
+from fastr1.rollout.speculation import SpeculativeEngine
 from fastr1.schema import Rollout
 
 
@@ -40,6 +42,9 @@ def build_sampler(
     """What `rollout.backend` names. Raises UnknownDecoderError for a decoder that the engine does not compute."""
     if config.backend == "eager":
         return partial(sample_eagerly, model, processor, params=params)
+    if config.num_speculative_tokens:
+        number = config.num_speculative_tokens
+        return SpeculativeEngine(model, processor, params, number, keeps_arenas=config.keep_arenas).sample
     return RolloutEngine(model, processor, params, keeps_arenas=config.keep_arenas).sample
 
 

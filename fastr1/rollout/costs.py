@@ -20,6 +20,7 @@ class RolloutCosts:
         self.prompt_lengths: list[int] = []
         self.num_completions = 0
         self.num_steps = self.computed_rows = self.read_suffix_tokens = 0
+        self.num_guesses = self.guessed_tokens = self.right_tokens = 0
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
@@ -42,15 +43,24 @@ class RolloutCosts:
         yield
         self.decode_seconds = time.perf_counter() - start - (self.warm_up_seconds - before)
 
-    def add_step(self, num_rows: int, suffix_length: int) -> None:
-        """A step that computed so many rows, padding and ended ones among them."""
+    def add_step(self, num_rows: int, suffix_tokens: int) -> None:
+        """A step that computed so many rows, padding and ended ones among them, and read so many tokens of
+        completions."""
         self.num_steps += 1
         self.computed_rows += num_rows
-        self.read_suffix_tokens += num_rows * suffix_length
+        self.read_suffix_tokens += suffix_tokens
+
+    def add_guess(self, num_tokens: int, num_right: int) -> None:
+        """So many tokens were guessed behind one completion in one step, none perhaps."""
+        self.num_guesses += 1
+        self.guessed_tokens += num_tokens
+        self.right_tokens += num_right
 
     def metrics(self, model: VideoLanguageModel, num_tokens: int, graphs: StepGraphs | None) -> dict[str, float]:
         """Seconds of warming up; tokens per second, the warm-up included only in those of the whole rollout; 10⁹ bytes
-        per second that decoding read; and the share of computed rows that gave no token: padding, and ended completions.
+        per second that decoding read; the share of computed rows that gave no token: padding, ended completions and
+        wrong guesses; with speculation, tokens of a completion per step, and the share of guessed tokens that were
+        right.
 
         The bytes of a step are those of the weights, of all prompts' keys and values, once each, and of every computed
         row's own. It is too much where all completions of a prompt have ended and for rows of padding, too little where
@@ -73,6 +83,9 @@ class RolloutCosts:
             found["decode_tokens_per_second"] = decoded / self.decode_seconds
             found["decode_gb_per_second"] = read / self.decode_seconds / 1e9
             found["wasted_rows"] = 1 - decoded / self.computed_rows
+        if self.num_guesses:
+            found["mean_acceptance_length"] = 1 + self.right_tokens / self.num_guesses
+            found["draft_acceptance_rate"] = self.right_tokens / max(self.guessed_tokens, 1)
         if graphs:
             found |= {"graph_replays": float(graphs.num_replays), "graph_captures": float(graphs.num_captures)}
         return found

@@ -63,7 +63,9 @@ class RolloutEngine:
         keeps_arenas: bool = True,
         graphs: StepGraphs | None = None,  # None: those of CUDA on a GPU, no graphs elsewhere
         steps_per_look: int | None = None,  # between two looks at who has ended; None: 16 on a GPU, else 1
+        rows_per_completion: int = 1,  # at most, in a step
     ) -> None:
+        self.rows_per_completion = rows_per_completion
         self.model, self.processor, self.params, self.keeps_arenas = model, processor, params, keeps_arenas
         on_gpu = model.device.type == "cuda"
         self.graphs = graphs or (StepGraphs() if on_gpu else None)
@@ -123,6 +125,7 @@ class RolloutEngine:
         """One more token for every completion that has not ended."""
         self._schedule()
         self._run()
+        self.costs.add_step(self.num_rows, self._suffix_tokens())
         self._finish()
 
     def _start(
@@ -147,7 +150,7 @@ class RolloutEngine:
             )
         self._rows.start(keys, lengths, first_positions, num_generations)
         known = self.token_step.addresses
-        self.token_step.refresh(self.stack, num_generations)
+        self.token_step.refresh(self.stack, num_generations * self.rows_per_completion)
         if self.graphs and (self.token_step.addresses != known or not self.stack.is_plain):
             self.graphs.clear()  # what they read has moved, or may compute something else now
         # ZeRO stage 3 gathers weights to other places every time: graphs of them would be captured to be used once.
@@ -165,7 +168,15 @@ class RolloutEngine:
         """Room for B prompts of up to P tokens and for S completions of up to T, once it is sure that it is there."""
         self.release()  # before there are others
         num_prompts, prompt_length, num_completions, length = size
-        plan = RolloutPlan(self.model.layout, embeds.dtype, num_prompts, prompt_length, num_generations, length)
+        plan = RolloutPlan(
+            self.model.layout,
+            embeds.dtype,
+            num_prompts,
+            prompt_length,
+            num_generations,
+            length,
+            self.rows_per_completion,
+        )
         free = free_bytes(embeds.device)
         if free is not None:
             plan.check_fits(free)
@@ -178,7 +189,7 @@ class RolloutEngine:
             dtype=embeds.dtype,
             device=embeds.device,
         )
-        self._rows = DecodingRows(num_completions, num_prompts, length, embeds.device)
+        self._rows = DecodingRows(num_completions, num_prompts, length, embeds.device, self.rows_per_completion)
 
     def _allowed_ids(self) -> torch.Tensor | None:
         """(V,) bool, False for ids that stand for a video; None: there are none."""
@@ -243,7 +254,10 @@ class RolloutEngine:
         else:
             self.token_step(self.num_rows)
         self.num_steps += 1
-        self.costs.add_step(self.num_rows, self.num_steps)
+
+    def _suffix_tokens(self) -> int:
+        """How many tokens of completions the last step has read."""
+        return self.num_rows * self.num_steps
 
     def _warm_up(self, step: Callable[[], None]) -> None:
         """Run a step on padding alone, without a trace in the rows; padding writes nothing into the arenas."""

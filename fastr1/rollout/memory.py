@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastr1.models.family import DecoderLayout
+from fastr1.rollout.rows import rows_of_step
 
 _GIB = 2**30
 
@@ -20,7 +23,7 @@ class RolloutMemoryError(ValueError):
 class RolloutPlan:
     """Keys and values of B prompts of up to P tokens and of G completions each of up to T tokens, and a step's logits.
 
-    Bytes: 2 · layers · Hkv · d · e · (B·P + B·G·T) + 8 · B·G·V, logits in float32 and once more in the draw.
+    Bytes: 2 · layers · Hkv · d · e · (B·P + B·G·T) + 8 · R·V, logits of R rows in float32 and once more in the draw.
     """
 
     layout: DecoderLayout
@@ -29,6 +32,7 @@ class RolloutPlan:
     prompt_length: int
     num_generations: int
     completion_length: int
+    rows_per_completion: int = 1  # at most, in a step
 
     @property
     def token_bytes(self) -> int:
@@ -45,7 +49,8 @@ class RolloutPlan:
 
     @property
     def logits_bytes(self) -> int:
-        return 8 * self.num_prompts * self.num_generations * self.layout.vocab_size
+        num_rows = rows_of_step(self.num_prompts * self.num_generations, self.rows_per_completion)
+        return 8 * num_rows * self.layout.vocab_size
 
     @property
     def total_bytes(self) -> int:
@@ -66,19 +71,27 @@ class RolloutPlan:
 
     def _remedy(self, free_bytes: int) -> str:
         ways = []
-        per_prompt = replace(self, num_prompts=1).total_bytes
-        if (number := free_bytes // per_prompt) >= 1:
-            ways.append(f"optim.per_device_train_batch_size to {number} or less")
-        rest = free_bytes - self.prefix_bytes - self.logits_bytes
-        length = rest // (self.token_bytes * self.num_prompts * self.num_generations)
-        if length >= 1:
-            ways.append(f"grpo.max_completion_length to {length} or less")
-        per_completion = self.num_prompts * (self.token_bytes * self.completion_length + 8 * self.layout.vocab_size)
-        if (number := (free_bytes - self.prefix_bytes) // per_completion) >= 2:
-            ways.append(f"grpo.num_generations to {number} or less")
+        for setting, field, least in (
+            ("rollout.num_speculative_tokens", "rows_per_completion", 1),
+            ("optim.per_device_train_batch_size", "num_prompts", 1),
+            ("grpo.max_completion_length", "completion_length", 1),
+            ("grpo.num_generations", "num_generations", 2),
+        ):
+            number = self._largest(field, free_bytes)
+            if number >= least:
+                ways.append(f"{setting} to {number - (field == 'rows_per_completion')} or less")
         if not ways:
             return "one prompt alone does not fit; use fewer frames or a GPU with more memory"
         return "lower " + ", or ".join(ways)
+
+    def _largest(self, field: str, free_bytes: int) -> int:
+        """The largest value of a field, up to its own, that fits; 0: none does."""
+
+        def needed(value: int) -> int:
+            changes: dict[str, Any] = {field: value}
+            return replace(self, **changes).total_bytes
+
+        return bisect_right(range(1, getattr(self, field) + 1), free_bytes, key=needed)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -1,7 +1,7 @@
-"""What decodes: one row per completion, in tensors that stay where they are, so that a captured step finds them.
+"""What decodes: rows, in tensors that stay where they are, so that a captured step finds them.
 
 A row is the next token of a completion and where it belongs. The first rows decode; behind them there may be rows of
-padding, which write nothing but a place that nobody reads.
+padding, which write nothing but a place that nobody reads. A completion has one row, or several with speculation.
 """
 
 from __future__ import annotations
@@ -10,31 +10,44 @@ from collections.abc import Sequence
 
 import torch
 
+LARGEST_STEP = 512  # rows beyond which products, not the weights, take the time of a step on any GPU
+
+
+def rows_of_step(num_completions: int, rows_per_completion: int) -> int:
+    """How many rows a step may have: no more than `LARGEST_STEP` where completions can do with fewer."""
+    return min(num_completions * rows_per_completion, max(num_completions, LARGEST_STEP))
+
 
 class DecodingRows:
-    """State of up to S completions of B prompts, and the tokens drawn so far.
+    """State of R rows, of up to S completions of B prompts, and the tokens drawn so far.
 
     Attributes:
-        tokens: (S,) int64, the last token drawn, the next step's input.
-        keys: (S,) int64, of the noise.
-        num_drawn: (S,) int64, tokens drawn so far; 0 in a row of padding.
-        first_positions: (S,) int64, the position of a completion's first token.
-        has_ended: (S,) bool.
-        output_rows: (S,) int64, where a completion's tokens are kept; S in a row of padding.
+        tokens: (R,) int64, the last token drawn, the next step's input.
+        keys: (R,) int64, of the noise.
+        num_drawn: (R,) int64, tokens drawn so far; 0 in a row of padding.
+        first_positions: (R,) int64, the position of a completion's first token.
+        has_ended: (R,) bool.
+        output_rows: (R,) int64, where a completion's tokens are kept; S in a row of padding.
         cu_rows: (B + 1,) int32, where the rows of each prompt begin.
         prefix_lengths: (B,) int32.
         completion_ids, logps: (S + 1, T), by output row.
         lengths: (S + 1,) int64, tokens of each completion, its last included.
     """
 
-    def __init__(self, num_completions: int, num_prompts: int, completion_length: int, device: torch.device) -> None:
-        self.size, self.device = num_completions, device
-        self.tokens = torch.zeros(num_completions, dtype=torch.int64, device=device)
-        self.keys = torch.zeros_like(self.tokens)
-        self.num_drawn = torch.zeros_like(self.tokens)
-        self.first_positions = torch.ones_like(self.tokens)
-        self.output_rows = torch.full_like(self.tokens, num_completions)
-        self.has_ended = torch.ones(num_completions, dtype=torch.bool, device=device)
+    def __init__(
+        self,
+        num_completions: int,
+        num_prompts: int,
+        completion_length: int,
+        device: torch.device,
+        rows_per_completion: int = 1,  # at most, in a step
+    ) -> None:
+        self.num_completions, self.device = num_completions, device
+        self.size = rows_of_step(num_completions, rows_per_completion)
+        self.speculates = rows_per_completion > 1
+        self._table = torch.zeros(5, self.size, dtype=torch.int64, device=device)
+        self.tokens, self.keys, self.num_drawn, self.first_positions, self.output_rows = self._table
+        self.has_ended = torch.ones(self.size, dtype=torch.bool, device=device)
         self.cu_rows = torch.zeros(num_prompts + 1, dtype=torch.int32, device=device)
         self.prefix_lengths = torch.zeros(num_prompts, dtype=torch.int32, device=device)
         self.completion_ids = torch.zeros(num_completions + 1, completion_length, dtype=torch.int64, device=device)
@@ -69,6 +82,19 @@ class DecodingRows:
         self.group(group_sizes)
         return kept
 
+    def lay_out(self, rows: Sequence[Sequence[int]], group_sizes: Sequence[int], size: int) -> None:
+        """Rows as they are from now on, each (token, key, tokens drawn before its draw, first position, output row);
+        those behind them, up to `size`, become padding."""
+        padding = [self._padding[:5]] * (size - len(rows))
+        self._table[:, :size] = self._tensor([*rows, *padding]).T
+        self.group(group_sizes)
+
+    def suffix_rows(self, num_rows: int) -> torch.Tensor | None:
+        """(num_rows,) int32, whose keys and values the first rows go on from; None: each has its own."""
+        if not self.speculates:
+            return None
+        return self.output_rows[:num_rows].clamp(max=self.num_completions - 1).int()
+
     def group(self, sizes: Sequence[int]) -> None:
         """Set `cu_rows` from the number of rows of each prompt; prompts behind the last have none."""
         ends = torch.zeros(len(self.cu_rows), dtype=torch.int64)
@@ -78,7 +104,7 @@ class DecodingRows:
 
     def clear(self, first: int) -> None:
         """Make padding of the rows from `first` on: no token drawn, position 1 + 0 − 1 = 0, output nobody reads."""
-        for state, value in zip(self._states(), (0, 0, 0, 1, self.size, True), strict=True):
+        for state, value in zip(self._states(), self._padding, strict=True):
             state[first:] = value
 
     def snapshot(self) -> list[torch.Tensor]:
@@ -89,6 +115,10 @@ class DecodingRows:
         """Write a `snapshot` back, every tensor where it is."""
         for state, copy in zip(self._all(), copies, strict=True):
             state.copy_(copy)
+
+    @property
+    def _padding(self) -> tuple[int, ...]:
+        return 0, 0, 0, 1, self.num_completions, True
 
     def _states(self) -> tuple[torch.Tensor, ...]:
         return (
@@ -103,5 +133,5 @@ class DecodingRows:
     def _all(self) -> tuple[torch.Tensor, ...]:
         return (*self._states(), self.cu_rows, self.completion_ids, self.logps, self.lengths)
 
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)

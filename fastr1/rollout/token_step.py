@@ -1,4 +1,4 @@
-"""One token for every row that decodes, on the decoder's own modules.
+"""One token behind every row that decodes, on the decoder's own modules.
 
 A token of a row goes through the layers: norm, three projections, rotation with the write of its key and value, the
 attention over the prompt's keys (once for all its completions) and the row's own, output projection, norm, MLP; then
@@ -41,9 +41,10 @@ class TokenStep:
         self.addresses: tuple[int, ...] = ()
         self.cos, self.sin = stack.rotation(num_positions)
 
-    def refresh(self, stack: DecoderStack, num_generations: int) -> None:
-        """Begin a rollout: weights and adapters may be others, the tensors of this step stay where they are."""
-        self.stack, self.num_generations = stack, num_generations
+    def refresh(self, stack: DecoderStack, max_group: int) -> None:
+        """Begin a rollout, of up to so many rows a prompt: weights and adapters may be others, the tensors of this step
+        stay where they are."""
+        self.stack, self.max_group = stack, max_group
         own = (*self.model.head, self.cos, self.sin, self.end_ids, self.rows.tokens)
         self.addresses = tuple(x.data_ptr() for x in (*stack.parameters(), *own) if x is not None)
         self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
@@ -62,7 +63,7 @@ class TokenStep:
         launches, and where weights and arenas are."""
         arenas = self.arenas
         sizes = (arenas.num_prompts, arenas.prompt_length, arenas.num_completions, arenas.completion_length)
-        return (num_rows, *sizes, self.num_generations, self.params, self.addresses)
+        return (num_rows, *sizes, self.max_group, self.params, self.addresses)
 
     def hidden(self, num_rows: int) -> torch.Tensor:
         """States (R, D) behind the last tokens, after the last norm; their keys and values are in the arena."""
@@ -70,18 +71,18 @@ class TokenStep:
         drawn = rows.num_drawn[:num_rows]
         places = (drawn - 1).int()  # of the token among those of its completion; -1: padding
         positions = rows.first_positions[:num_rows] + drawn - 1
-        seen = drawn.int()
+        seen, suffix_rows = drawn.int(), rows.suffix_rows(num_rows)
         x: torch.Tensor = stack.embed_tokens(rows.tokens[:num_rows])
         residual: torch.Tensor | None = None
         for index, layer in enumerate(stack.layers):
             normed, residual = _norm(layer.input_norm, x, residual)
             q, k, v = (x.unflatten(1, (-1, stack.head_dim)) for x in self.attention_inputs[index](normed))
-            norms = {}
+            options: dict[str, Any] = {"suffix_rows": suffix_rows}
             if layer.q_norm is not None and layer.k_norm is not None:
-                norms = {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight}
-                norms["eps"] = layer.q_norm.variance_epsilon
+                options |= {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight}
+                options["eps"] = layer.q_norm.variance_epsilon
             suffix_k, suffix_v = arenas.suffix_k[index], arenas.suffix_v[index]
-            q = rope_and_store(q, k, v, self.cos, self.sin, positions, suffix_k, suffix_v, places, **norms)
+            q = rope_and_store(q, k, v, self.cos, self.sin, positions, suffix_k, suffix_v, places, **options)
             out = decode_attention(
                 q.contiguous(),
                 arenas.prefix_k[index],
@@ -92,8 +93,9 @@ class TokenStep:
                 suffix_v,
                 seen,
                 scale=layer.scale,
-                max_group=min(self.num_generations, num_rows),
+                max_group=min(self.max_group, num_rows),
                 max_suffix_length=arenas.completion_length,
+                suffix_rows=suffix_rows,
             )
             normed, residual = _norm(layer.post_attention_norm, project(layer.o_proj, out.flatten(1)), residual)
             x = project(layer.down_proj, swiglu(*self.mlp_inputs[index](normed)))
@@ -120,7 +122,7 @@ class TokenStep:
         rows.lengths.index_add_(0, output_rows, (~has_ended).long())
         rows.tokens[:num_rows] = token
         has_ended |= (token[:, None] == self.end_ids).any(dim=1)
-        drawn += output_rows < rows.size  # not in a row of padding
+        drawn += output_rows < rows.num_completions  # not in a row of padding
 
 
 def _norm(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastr1.config import TrainConfig
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator
@@ -31,5 +33,5 @@ def build_evaluator(config: TrainConfig, processor: Processor) -> Evaluator | No
         batch_size=run.per_device_eval_batch_size,
         max_completion_length=config.grpo.max_completion_length,
         stop_strings=config.grpo.stop_strings,
-        rollout=config.rollout,
+        rollout=replace(config.rollout, num_speculative_tokens=0),  # each question once: nothing to guess from
     )

@@ -5,8 +5,10 @@ rule. Nothing here is differentiable: a tensor that requires grad while grad is 
 lengths on the device alone: no call waits for it, and what shapes a launch is an argument or a tensor's shape, so that
 a CUDA graph that was captured once may be replayed after any change of the lengths.
 
-Symbols: R rows (sequences that decode, and rows of padding), B prompts, H query heads and Hkv heads of keys and values,
-d their size, P and T places of the prefix and suffix caches, S >= R rows of the suffix cache, M positions of a table.
+Symbols: R rows (tokens that are forwarded, and rows of padding), B prompts, H query heads and Hkv heads of keys and
+values, d their size, P and T places of the prefix and suffix caches, S rows of the suffix cache, one a sequence, M
+positions of a table. A row belongs to the sequence of its own number, R <= S, or to that of `suffix_rows`, where one
+step forwards several tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ def decode_attention(
     scale: float,
     max_group: int,  # bounds the rows of every prompt
     max_suffix_length: int,  # bounds suffix_lengths, at most T
+    suffix_rows: Tensor | None = None,  # (R,) int32, 0 to S - 1; None: 0 to R - 1
 ) -> Tensor:
     """softmax(scale · q [prefix; suffix]ᵀ) [prefix; suffix] of one query per row; the prefix of a prompt is read once.
 
     Row r of prompt b, cu_rows[b] <= r < cu_rows[b + 1], attends to prefix_k[b, :, :prefix_lengths[b]] and to
-    suffix_k[r, :, :suffix_lengths[r]]; head h of q uses head h // (H // Hkv) of them. Groups may be ragged or empty.
-    What lies in the caches beyond the lengths reaches nothing, NaN included.
+    suffix_k[suffix_rows[r], :, :suffix_lengths[r]]; head h of q uses head h // (H // Hkv) of them. Groups may be
+    ragged or empty. What lies in the caches beyond the lengths reaches nothing, NaN included.
 
     Returns:
         (R, H, d) in q's dtype; zeros for rows from cu_rows[B] on, and for a row with nothing to attend to.
@@ -55,7 +58,7 @@ def decode_attention(
             "give (R, H, d), (B, Hkv, P, d) and (S, Hkv, T, d)"
         )
     (R, H, d), (B, Hkv, P, _), (S, _, T, _) = q.shape, prefix_k.shape, suffix_k.shape
-    if S < R or Hkv == 0 or H % Hkv or d == 0:
+    if (S < R and suffix_rows is None) or Hkv == 0 or H % Hkv or d == 0:
         raise ValueError(f"R={R}, H={H}, d={d}, Hkv={Hkv}, S={S}: S >= R, and H a multiple of Hkv, are needed")
     if q.stride(2) != 1 or q.stride(1) != d:
         raise ValueError(f"q has strides {q.stride()}: give (any, {d}, 1)")
@@ -71,11 +74,13 @@ def decode_attention(
     for name, x, n in (("prefix_lengths", prefix_lengths, B), ("cu_rows", cu_rows, B + 1)):
         _require(name, x, (n,), torch.int32, q.device, True)
     _require("suffix_lengths", suffix_lengths, (R,), torch.int32, q.device, True)
+    if suffix_rows is not None:
+        _require("suffix_rows", suffix_rows, (R,), torch.int32, q.device, True)
     if not 0 <= max_suffix_length <= T or not 0 <= max_group <= max(R, 1):
         raise ValueError(
             f"max_suffix_length={max_suffix_length}, max_group={max_group}: at most T={T} and R={R} are possible"
         )
-    tensors = (q, prefix_k, prefix_v, prefix_lengths, cu_rows, suffix_k, suffix_v, suffix_lengths)
+    tensors = (q, prefix_k, prefix_v, prefix_lengths, cu_rows, suffix_k, suffix_v, suffix_lengths, suffix_rows)
     if uses_triton(q):
         if d > (128 if q.dtype == torch.float32 else 256):
             raise ValueError(f"d={d} of {q.dtype} does not fit the registers of a GPU: at most 256, float32 128")
@@ -99,10 +104,12 @@ def rope_and_store(
     q_norm: Tensor | None = None,  # (d,)
     k_norm: Tensor | None = None,  # (d,)
     eps: float = 1e-6,
+    suffix_rows: Tensor | None = None,  # (R,) int32, 0 to S - 1; None: 0 to R - 1
 ) -> Tensor:
     """x·cos + rotate_half(x)·sin of q and k, after an RMSNorm of every head if given; k and v go into the caches.
 
-    Row r is written at [r, :, lengths[r]] of both caches; one with lengths[r] < 0 or >= T (padding) writes nothing.
+    Row r is written at [suffix_rows[r], :, lengths[r]] of both caches; one with lengths[r] < 0 or >= T (padding) writes
+    nothing. No two rows are written at one place.
     q, k and v may be slices of one buffer: the last axis has stride 1, the heads lie side by side.
 
     Returns:
@@ -120,7 +127,7 @@ def rope_and_store(
             "give (R, H, d), (R, Hkv, d), (S, Hkv, T, d) and (M, d)"
         )
     (R, H, d), Hkv, (S, _, T, _) = q.shape, k.shape[1], k_cache.shape
-    if S < R or d % 2:
+    if (S < R and suffix_rows is None) or d % 2:
         raise ValueError(f"R={R}, S={S}, d={d}: S >= R and an even d are needed")
     for name, x, n in (("q", q, H), ("k", k, Hkv), ("v", v, Hkv)):
         _require(name, x, (R, n, d), q.dtype, q.device)
@@ -132,12 +139,14 @@ def rope_and_store(
         _require(name, x, (len(cos), d), cos.dtype, q.device, True)
     _require("positions", positions, (R,), torch.int64, q.device, True)
     _require("lengths", lengths, (R,), torch.int32, q.device, True)
+    if suffix_rows is not None:
+        _require("suffix_rows", suffix_rows, (R,), torch.int32, q.device, True)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm: give both or none")
     if q_norm is not None and k_norm is not None:
         _require("q_norm", q_norm, (d,), q.dtype, q.device, True)
         _require("k_norm", k_norm, (d,), q.dtype, q.device, True)
-    tensors = (q, k, v, cos, sin, positions, k_cache, v_cache, lengths, q_norm, k_norm)
+    tensors = (q, k, v, cos, sin, positions, k_cache, v_cache, lengths, suffix_rows, q_norm, k_norm)
     if uses_triton(q):
         from .gpu.token_step import launch_rotate  # triton exists on Linux only
 

@@ -28,6 +28,7 @@ def attend(
     suffix_k: Tensor,
     suffix_v: Tensor,
     suffix_lengths: Tensor,
+    suffix_rows: Tensor | None,
     scale: float,
     max_group: int,
     max_suffix_length: int,
@@ -39,7 +40,8 @@ def attend(
         out = q.new_zeros(q.shape)
         if num_rows:
             rows = (q[:num_rows], prefix_k, prefix_v, prefix_lengths, cu_rows, suffix_k, suffix_v)
-            out[:num_rows] = attend(*rows, suffix_lengths[:num_rows], scale, max_group, max_suffix_length)
+            own = (suffix_lengths[:num_rows], suffix_rows if suffix_rows is None else suffix_rows[:num_rows])
+            out[:num_rows] = attend(*rows, *own, scale, max_group, max_suffix_length)
         return out
     if num_rows == 0:
         return q.new_empty(q.shape)
@@ -51,7 +53,11 @@ def attend(
             f"max_suffix_length={max_suffix_length}: give bounds that hold"
         )
     prefix = Part(prefix_k[:, :, :P], prefix_v[:, :, :P], _bias(places, P, q.device))
-    suffix = Part(suffix_k[:num_rows, :, :T], suffix_v[:num_rows, :, :T], _bias(tuple(steps), T, q.device))
+    if suffix_rows is None:
+        suffix_k, suffix_v = suffix_k[:num_rows, :, :T], suffix_v[:num_rows, :, :T]
+    else:
+        suffix_k, suffix_v = (x[:, :, :T].index_select(0, suffix_rows) for x in (suffix_k, suffix_v))
+    suffix = Part(suffix_k, suffix_v, _bias(tuple(steps), T, q.device))
     if dtype != torch.float32:
         q, prefix, suffix = q.to(sum_dtype(dtype)), prefix.to(sum_dtype(dtype)), suffix.to(sum_dtype(dtype))
     out = _attend(q, bounds, prefix, suffix, scale)
@@ -149,6 +155,7 @@ def rotate(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
+    suffix_rows: Tensor | None,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
@@ -165,14 +172,15 @@ def rotate(
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     steps = lengths.tolist()
     T = k_cache.shape[2]
-    if R and 0 <= steps[0] < T and steps.count(steps[0]) == R:
+    if suffix_rows is None and R and 0 <= steps[0] < T and steps.count(steps[0]) == R:
         k_cache[:R, :, steps[0]].copy_(k)
         v_cache[:R, :, steps[0]].copy_(v)
         return q
     rows = torch.tensor([r for r, step in enumerate(steps) if 0 <= step < T], dtype=torch.long, device=q.device)
     step = lengths.index_select(0, rows).long()
-    k_cache.transpose(1, 2).index_put_((rows, step), k.index_select(0, rows))
-    v_cache.transpose(1, 2).index_put_((rows, step), v.index_select(0, rows))
+    place = (rows if suffix_rows is None else suffix_rows.index_select(0, rows).long(), step)
+    k_cache.transpose(1, 2).index_put_(place, k.index_select(0, rows))
+    v_cache.transpose(1, 2).index_put_(place, v.index_select(0, rows))
     return q
 
 

@@ -221,6 +221,9 @@ LIMITS = [
     ("grpo.beta", "0", "-0.1"),
     ("grpo.advantage_eps", "0", "-1"),
     ("grpo.advantage_noise_std", "0", "-1"),
+    ("rollout.backend", "eager", "vllm"),
+    ("rollout.num_speculative_tokens", "0", "-1"),
+    ("rollout.num_speculative_tokens", "32", "33"),
     ("optim.learning_rate", "0", "-1e-6"),
     ("optim.warmup_ratio", "1", "1.01"),
     ("optim.warmup_ratio", "0", "-0.01"),
@@ -293,7 +296,7 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
     free |= {"reward.num_workers", "reward.timeout_seconds", "reward.timeout_reward"}  # with each other, see below
     numeric = {
         f"{section}.{field.name}"
-        for section in ("model", "data", "reward", "grpo", "optim", "run")
+        for section in ("model", "data", "reward", "grpo", "rollout", "optim", "run")
         for field in fields(getattr(TrainConfig(), section))
         if "int" in str(field.type) or "float" in str(field.type)
     }
@@ -306,6 +309,10 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["data.max_frames=8"], "data.max_frames is 8 but data.num_frames is 16"),
         (["data.max_frames=0", "data.num_frames=-1"], "data.max_frames is 0"),
         (["run.eval_steps=5"], "data.eval_file is not set"),
+        (
+            ["rollout.num_speculative_tokens=4", "rollout.backend=eager"],
+            "rollout.num_speculative_tokens is 4 but rollout.backend is 'eager'",
+        ),
         (["grpo.epsilon=0.3"], "grpo.epsilon=0.3 has no effect"),
         (["grpo.epsilon_high=0.3"], "grpo.epsilon_high=0.3 has no effect"),
         (["grpo.delta=3"], "grpo.delta=3.0 has no effect"),

@@ -22,12 +22,12 @@ class State:
     options: dict[str, Any]
 
     def attend(self, backend: Backend) -> Tensor:
-        return decode_attention(*map(backend.put, self.tensors), **self.options)
+        options = {name: backend.put(x) for name, x in self.options.items()}
+        return decode_attention(*map(backend.put, self.tensors), **options)
 
     def expected(self) -> Tensor:
-        return attend_by_hand(
-            *(x.double() if x.is_floating_point() else x for x in self.tensors), self.options["scale"]
-        )
+        tensors = (x.double() if x.is_floating_point() else x for x in self.tensors)
+        return attend_by_hand(*tensors, self.options["suffix_rows"], self.options["scale"])
 
     def with_tensors(self, **changes: Tensor) -> State:
         return replace(self, tensors=tuple(changes.get(n, x) for n, x in zip(NAMES, self.tensors, strict=True)))
@@ -40,6 +40,7 @@ def make_state(
     *,
     heads: tuple[int, int] = (4, 2),
     d: int = 16,
+    suffix_rows: list[int] | None = None,  # of the rows, those of padding too
     padding_rows: int = 0,
     spare_rows: int = 1,
     prefix_width: int | None = None,
@@ -64,19 +65,28 @@ def make_state(
             x[i, :, lengths[i] if i < len(lengths) else 0 :] = poison
         return x
 
+    # A row of the cache is as long as the longest that is read of it.
+    held = [0] * (R if suffix_rows is None else max(suffix_rows) + 1)
+    for r, length in zip(suffix_rows or range(R), suffix_lengths[: sum(groups)], strict=False):
+        held[r] = max(held[r], length)
     q, bounds = draw(R, H, d), torch.tensor([0, *groups]).cumsum(0).int()
     q[sum(groups) :] = poison
     prefix, suffix = (
         [cache(*args) for _ in range(2)]
         for args in (
             (B, P, prefix_lengths),
-            (R + spare_rows, T, suffix_lengths),
+            (len(held) + spare_rows, T, held),
         )
     )
     lengths = [torch.tensor(x, dtype=torch.int32) for x in (prefix_lengths, suffix_lengths)]
     return State(
         (q, *prefix, lengths[0], bounds, *suffix, lengths[1]),
-        {"scale": d**-0.5, "max_group": max([*groups, 0]), "max_suffix_length": T},
+        {
+            "scale": d**-0.5,
+            "max_group": max([*groups, 0]),
+            "max_suffix_length": T,
+            "suffix_rows": None if suffix_rows is None else torch.tensor(suffix_rows, dtype=torch.int32),
+        },
     )
 
 
@@ -89,6 +99,7 @@ def attend_by_hand(
     suffix_k: Tensor,
     suffix_v: Tensor,
     suffix_lengths: Tensor,
+    suffix_rows: Tensor | None,
     scale: float,
 ) -> Tensor:
     """One softmax per row and head over the keys that it may see."""
@@ -98,8 +109,9 @@ def attend_by_hand(
         for r in range(cu_rows[b], cu_rows[b + 1]):
             for h in range(q.shape[1]):
                 n, t, i = int(prefix_lengths[b]), int(suffix_lengths[r]), h // ratio
-                keys = torch.cat([prefix_k[b, i, :n], suffix_k[r, i, :t]])
-                values = torch.cat([prefix_v[b, i, :n], suffix_v[r, i, :t]])
+                s = r if suffix_rows is None else int(suffix_rows[r])
+                keys = torch.cat([prefix_k[b, i, :n], suffix_k[s, i, :t]])
+                values = torch.cat([prefix_v[b, i, :n], suffix_v[s, i, :t]])
                 if len(keys):
                     out[r, h] = torch.softmax(scale * (keys @ q[r, h]), 0) @ values
     return out

@@ -36,6 +36,14 @@ CASES: dict[str, State] = {
     "d no power of two": make_state([2, 1], [5, 6], [2, 3, 1], d=24),
     "d larger": make_state([2, 1], [5, 6], [2, 3, 1], d=80),
     "three tiles": make_state([5, 1, 4], [5, 6, 7], [2, 3, 1, 2, 2, 1, 3, 2, 1, 1], heads=(7, 1)),
+    "several rows of a suffix": make_state([4, 3], [5, 6], [2, 3, 4, 1, 5, 6, 7], suffix_rows=[2, 2, 2, 0, 1, 1, 1]),
+    "suffixes in another order": make_state([2, 2], [5, 6], [4, 4, 4, 4], suffix_rows=[3, 1, 0, 2]),
+    "more rows than suffixes, padding": make_state(
+        [3, 0, 2], [7, 3, 9], [1, 2, 3, 2, 3], suffix_rows=[0, 0, 0, 1, 1, 0, 0], padding_rows=2, spare_rows=0
+    ),
+    "several rows of a suffix, two tiles": make_state(
+        [10], [70], [*range(60, 70)], suffix_rows=[1] * 5 + [0] * 5, heads=(7, 1)
+    ),
     "many places": make_state([2, 1], [67, 131], [70, 33, 64]),
 }
 
@@ -112,13 +120,17 @@ def test_plain_torch_matches_reference(data: st.DataObject) -> None:
     groups = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
     places = data.draw(st.lists(st.integers(0, 9), min_size=len(groups), max_size=len(groups)))
     steps = data.draw(st.lists(st.integers(0, 5), min_size=sum(groups), max_size=sum(groups)))
+    padding = data.draw(st.integers(0, 2))
+    number = sum(groups) + padding
+    rows = data.draw(st.none() | st.lists(st.integers(0, 3), min_size=number, max_size=number)) or None
     state = make_state(
         groups,
         places,
         steps,
         heads=data.draw(st.sampled_from([(1, 1), (4, 2), (7, 1), (6, 3)])),
         d=8 * data.draw(st.integers(1, 3)),
-        padding_rows=data.draw(st.integers(0, 2)),
+        suffix_rows=rows,
+        padding_rows=padding,
         seed=data.draw(st.integers(0, 99)),
     )
     torch.testing.assert_close(state.attend(TORCH), state.expected(), rtol=1e-12, atol=1e-12)

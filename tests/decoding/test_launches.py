@@ -48,6 +48,7 @@ def call_attention(
     prefix_lengths: Tensor | None = None,
     cu_rows: Tensor | None = None,
     suffix_lengths: Tensor | None = None,
+    suffix_rows: Tensor | None = None,
 ) -> None:
     """Two prompts; memory that is never touched."""
     H, Hkv = heads
@@ -65,6 +66,7 @@ def call_attention(
         scale=0.1,
         max_group=group,
         max_suffix_length=steps,
+        suffix_rows=suffix_rows,
     )
 
 
@@ -76,6 +78,7 @@ def call_rotation(
     *,
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
+    suffix_rows: Tensor | None = None,
 ) -> None:
     H, Hkv = heads
     q, k, v = (
@@ -88,6 +91,7 @@ def call_rotation(
         *(cache, cache),
         numbers(0, 0, 0) if lengths is None else lengths,
         **({"q_norm": weight, "k_norm": weight} if has_norm else {}),
+        suffix_rows=suffix_rows,
     )
 
 
@@ -114,6 +118,15 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "float32, d 64": (lambda: call_attention((14, 2), 64, torch.float32), 120),
     "float32, d 128": (lambda: call_attention((28, 4), 128, torch.float32), 212),
     "demo": (lambda: call_attention((6, 2), 32, torch.float32), 120),
+    "7B, five rows of a sequence": (
+        lambda: call_attention((28, 4), 128, group=40, suffix_rows=numbers(*[0] * 80)),
+        180,
+    ),
+    "demo, five rows of a sequence": (
+        lambda: call_attention((6, 2), 32, torch.float32, group=40, suffix_rows=numbers(*[0] * 80)),
+        120,
+    ),
+    "rotation, several rows of a sequence": (lambda: call_rotation(suffix_rows=numbers(0, 0, 1)), 32),
     "rotation": (lambda: call_rotation(has_norm=False), 32),
     "rotation with norms": (lambda: call_rotation(), 32),
     "rotation of float32, d 80": (lambda: call_rotation((16, 8), 80, torch.float32), 32),
@@ -190,6 +203,14 @@ def test_launches_of_attention_do_not_depend_on_lengths(keys: list[Any]) -> None
     assert [key[0] for key in keys[:2]] == ["prefix_kernel", "suffix_kernel"]
 
 
+def test_launches_do_not_depend_on_whose_the_rows_are(keys: list[Any]) -> None:
+    for rows in ([0] * 16, [*range(16)], [7, 7, 7, 3] * 4):
+        call_attention(suffix_rows=numbers(*rows))
+        call_rotation(suffix_rows=numbers(*rows[:3]))
+    assert [key[0] for key in keys[:3]] == ["prefix_kernel", "suffix_kernel", "rotate_kernel"]
+    assert keys[:3] == keys[3:6] == keys[6:]
+
+
 def test_launches_of_rotation_do_not_depend_on_positions(keys: list[Any]) -> None:
     for positions in ((0, 0, 0), (98, 4, 17)):
         for lengths in ((0, 0, 0), (63, -1, 64), (5, 6, 7)):
@@ -209,13 +230,15 @@ def test_launches_read_nothing(keys: list[Any]) -> None:
         one.start()
     try:
         call_attention(cu_rows=torch.zeros(3, dtype=torch.int32))
+        call_attention(suffix_rows=torch.zeros(16, dtype=torch.int32))
         call_rotation()
+        call_rotation(suffix_rows=numbers(0, 0, 0))
         call_norm(64)
         call_swiglu(64)
     finally:
         for one in patches:
             one.stop()
-    assert len(keys) == 5
+    assert len(keys) == 8
 
 
 def test_few_prompts_are_split_to_fill_a_gpu(keys: list[Any]) -> None:

@@ -46,6 +46,8 @@ ATTENTION: list[tuple[dict[str, Any], str]] = [
     ({"suffix_v": torch.zeros(4, 2, 3, 16)}, "suffix_v has shape (4, 2, 3, 16)"),
     ({"suffix_lengths": torch.zeros(3, dtype=torch.long)}, "suffix_lengths has shape (3,), torch.int64"),
     ({"suffix_lengths": torch.zeros(3, dtype=torch.int32, device="meta")}, "on meta"),
+    ({"suffix_rows": torch.zeros(3, dtype=torch.long)}, "suffix_rows has shape (3,), torch.int64"),
+    ({"suffix_rows": torch.zeros(2, dtype=torch.int32)}, "suffix_rows has shape (2,)"),
     ({"max_suffix_length": 5}, "max_suffix_length=5"),
     ({"max_suffix_length": -1}, "max_suffix_length=-1"),
     ({"max_group": 4}, "max_group=4"),
@@ -66,6 +68,8 @@ ROTATION: list[tuple[dict[str, Any], str]] = [
     ({"v_cache": torch.zeros(3, 2, 4, 8)}, "v_cache has shape (3, 2, 4, 8)"),
     ({"v_cache": torch.zeros(3, 5, 2, 8).transpose(1, 2)}, "v_cache has strides (80, 8, 16, 1)"),
     ({"lengths": torch.zeros(2, dtype=torch.int32)}, "lengths has shape (2,)"),
+    ({"suffix_rows": torch.zeros(3)}, "suffix_rows has shape (3,), torch.float32"),
+    ({"suffix_rows": torch.zeros(4, dtype=torch.int32)}, "suffix_rows has shape (4,)"),
     ({"q_norm": torch.ones(8)}, "give both or none"),
     ({"q_norm": torch.ones(8), "k_norm": torch.ones(4)}, "k_norm has shape (4,)"),
 ]

@@ -65,6 +65,34 @@ def test_rotation_matches_transformers(
     assert torch.equal(buffer, before)
 
 
+def test_rows_are_written_where_their_sequence_is(backend: Backend) -> None:
+    # Three tokens of sequence 1, two of sequence 0, a row of padding; more rows than sequences.
+    H, Hkv, d, T, lengths, rows = 4, 2, 8, 6, [3, 4, 5, 0, 1, -1], [1, 1, 1, 0, 0, 0]
+    q, k, v = (backend.put(draw(6, n, d, seed=i)) for i, n in enumerate((H, Hkv, Hkv)))
+    cos, sin = map(backend.put, table(40, d))
+    positions = backend.put(torch.tensor([13, 14, 15, 7, 8, 0]))
+    caches = [torch.full((2, Hkv, T, d), NAN, dtype=backend.dtype, device=backend.device) for _ in range(2)]
+    counts, suffix_rows = (backend.put(torch.tensor(x, dtype=torch.int32)) for x in (lengths, rows))
+    got = rope_and_store(q, k, v, cos, sin, positions, *caches, counts, suffix_rows=suffix_rows)
+    expected = apply_rotary_pos_emb(q, k, cos[positions], sin[positions])
+    torch.testing.assert_close(got, expected[0], **NUMBERS)
+    for cache, new in zip(caches, (expected[1], v), strict=True):
+        whole = torch.full_like(cache, NAN)
+        for r in range(5):
+            whole[rows[r], :, lengths[r]] = new[r]
+        torch.testing.assert_close(cache, whole, equal_nan=True, **NUMBERS)
+
+
+def test_equal_lengths_of_several_sequences_in_another_order(backend: Backend) -> None:
+    q, k, v = (backend.put(draw(3, n, 8, seed=i)) for i, n in enumerate((4, 2, 2)))
+    tables, positions = map(backend.put, table(40, 8)), backend.put(torch.tensor([5, 6, 7]))
+    caches = [torch.zeros(3, 2, 4, 8, dtype=backend.dtype, device=backend.device) for _ in range(2)]
+    counts, suffix_rows = (backend.put(torch.tensor(x, dtype=torch.int32)) for x in ([2, 2, 2], [2, 0, 1]))
+    rope_and_store(q, k, v, *tables, positions, *caches, counts, suffix_rows=suffix_rows)
+    assert torch.equal(caches[1][[2, 0, 1], :, 2], v)
+    assert torch.equal(caches[1][:, :, [0, 1, 3]], torch.zeros_like(caches[1][:, :, :3]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotation_of_half_inputs_is_rounded_once(dtype: torch.dtype) -> None:
     R, H, Hkv, d, T = 6, 4, 2, 16, 3

@@ -16,6 +16,7 @@ HEADLINE = "<!-- demo:headline -->\nold\n<!-- /demo:headline -->\n"
 LOADING = "<!-- loading:table -->\nold\n<!-- /loading:table -->\n"
 STEP = "<!-- step:table -->\nold\n<!-- /step:table -->\n"
 ROLLOUT = "<!-- rollout:table -->\nold\n<!-- /rollout:table -->\n"
+ROLLOUT += "<!-- rollout:speculation -->\nold\n<!-- /rollout:speculation -->\n"
 README = f"# Title\n\n<!-- demo:table -->\nold\n<!-- /demo:table -->\n{HEADLINE}{LOADING}{ROLLOUT}{STEP}Kept.\n"
 
 
@@ -284,3 +285,19 @@ def test_a_readme_without_its_section_is_refused(root: Path) -> None:
     (root / "README.md").write_text("# Title\n")
     with pytest.raises(SystemExit, match="demo:headline"):
         renderer.main(["--root", str(root)])
+
+
+def test_table_of_speculation_shows_the_last_run(root: Path) -> None:
+    common = {"device": "CPU X", "threads": 2, "commit": "e" * 40, "time": "2", "num_speculative_tokens": 8}
+    common |= {"history": "a", "policy": "b", "num_prompts": 8, "num_generations": 4, "updates": 3, "completions": 32.0}
+    common |= {"same_completions": 32.0, "mean_acceptance_length": 4.26, "draft_acceptance_rate": 0.945}
+    common |= {"plain_steps": 34.2, "speculative_steps": 18.7, "plain_ms": 1234.4, "speculative_ms": 999.6}
+    runs = [{"time": "1", "plain_ms": 1.0}, {}, {"num_prompts": 1, "same_completions": 31.0}]
+    path = root / "bench" / "results" / "speculation.jsonl"
+    path.write_text("".join(json.dumps({**common, **run}) + "\n" for run in runs))
+    text = renderer.speculation_table(root)
+    assert text.split("|---|---|---|---|---|---|\n")[1].splitlines() == [
+        "| a → b | 8 × 4 | 4.3 | 94% | 34 → 19 | 1,234 → 1,000 ms |",
+        "| a → b | 1 × 4 | 4.3 | 94% | 34 → 19 | 1,234 → 1,000 ms |",
+    ]
+    assert "means of 3 updates of the second epoch; 189 of 192 completions are" in " ".join(text.split())

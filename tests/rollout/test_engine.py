@@ -152,9 +152,9 @@ def test_graph_is_not_replayed_where_its_key_has_changed(toy) -> None:
     key = step.key(4)
     assert key == step.key(4)
     assert key != step.key(8)
-    step.num_generations = 5
+    step.max_group = 5
     assert key != step.key(4)
-    step.num_generations = 4
+    step.max_group = 4
     weight = model.decoder.layers[0].mlp.up_proj.weight
     old = weight.data
     captured = graphs.num_captures
@@ -296,6 +296,20 @@ def test_what_cannot_fit_says_what_to_lower_and_to_what() -> None:
             replace(plan, **{field: value + 1}).check_fits(free)
     with pytest.raises(RolloutMemoryError, match="one prompt alone"):
         plan.check_fits(1000)
+
+
+def test_plan_counts_the_rows_of_guesses() -> None:
+    """No more rows than a step may have; fewer guesses are what to lower first."""
+    plan = RolloutPlan(LAYOUT, torch.bfloat16, 4, 612, 8, 512, rows_per_completion=9)
+    assert plan.logits_bytes == 9 * 32 * 151_936 * 8
+    assert replace(plan, num_prompts=16).logits_bytes == 512 * 151_936 * 8
+    assert replace(plan, num_prompts=80).logits_bytes == 640 * 151_936 * 8
+    free = replace(plan, rows_per_completion=6).total_bytes
+    with pytest.raises(RolloutMemoryError, match=r"lower rollout\.num_speculative_tokens to 5 or less, or optim"):
+        plan.check_fits(free)
+    with pytest.raises(RolloutMemoryError) as caught:
+        replace(plan, rows_per_completion=1).check_fits(plan.total_bytes // 20)
+    assert "speculative" not in str(caught.value)
 
 
 def test_engine_refuses_before_it_allocates(toy, monkeypatch: pytest.MonkeyPatch) -> None:

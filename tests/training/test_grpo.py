@@ -30,10 +30,10 @@ from trainer_toys import (
 
 import fastr1.reporting.timing
 import fastr1.training.grpo
-from fastr1.config import load_config, save_config
+from fastr1.config import RolloutConfig, load_config, save_config
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.recorded import Recorded, read_recorded
-from fastr1.models import load_model
+from fastr1.models import load_model, load_processor
 from fastr1.models.texts import prompt_ids
 from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.reporting.run_log import read_rows
@@ -42,6 +42,7 @@ from fastr1.rollout import RolloutEngine
 from fastr1.schema import DataError, Sample, Update
 from fastr1.training.checkpoint import find_last_checkpoint
 from fastr1.training.grpo import GRPOTrainer, run_grpo
+from fastr1.training.held_out import build_evaluator
 from fastr1.training.loop import TrainingRun
 from fastr1.training.stop import RESUME
 from fastr1_kernels import LOSSES
@@ -249,6 +250,27 @@ def test_two_updates_resume_and_two_updates_equal_four_exactly(world: Path, tmp_
 
 
 # What must change, and what must not
+
+
+def test_speculation_changes_nothing_and_remembers_the_last_epoch(world: Path, tmp_path: Path) -> None:
+    changes = {"optim__max_steps": 6, "grpo__max_completion_length": 12, "grpo__temperature": 0.1}
+    plain = train(world, tmp_path / "plain", **changes)
+    assert_same(train(world, tmp_path / "guessing", rollout__num_speculative_tokens=4, **changes), plain)
+    for row, expected in zip(*(metrics_of(tmp_path / name) for name in ("guessing", "plain")), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    rows = read_rows(tmp_path / "guessing" / "metrics.jsonl")
+    lengths = [row["rollout/mean_acceptance_length"] for row in rows]
+    assert rows[-1]["epoch"] == 4
+    assert min(lengths[3:]) > max(lengths[:2])
+    assert all(0 < row["rollout/draft_acceptance_rate"] <= 1 for row in rows[3:])
+
+
+def test_held_out_questions_are_answered_without_speculation(world: Path, tmp_path: Path) -> None:
+    changes = {"data__eval_file": str(world / "questions.jsonl"), "run__eval_steps": 1}
+    config = make_config(world, tmp_path, rollout__num_speculative_tokens=4, rollout__keep_arenas=False, **changes)
+    evaluator = build_evaluator(config, load_processor(world / "base"))
+    assert evaluator is not None
+    assert evaluator._rollout == RolloutConfig(keep_arenas=False)
 
 
 def test_frozen_tower_stays_and_the_rest_moves(world: Path, plain: Path) -> None:

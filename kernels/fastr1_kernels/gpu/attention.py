@@ -142,6 +142,7 @@ def suffix_kernel(
     k_ptr,  # (S, KV_HEADS, T, D)
     v_ptr,  # (S, KV_HEADS, T, D)
     lengths_ptr,  # (R,)
+    suffix_rows_ptr,  # (R,) or None: row r has suffix r
     cu_rows_ptr,  # (B + 1,)
     sums_ptr,  # (SPLITS, R, H, D) float32
     logs_ptr,  # (SPLITS, R, H) float32
@@ -168,7 +169,10 @@ def suffix_kernel(
     b_out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if i_row < tl.load(cu_rows_ptr + B):
         b_q = tl.load(q_ptr + i_row * stride_qr + o_head[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
-        cache = (i_row * KV_HEADS + i_head) * T * D
+        i_suffix = i_row
+        if suffix_rows_ptr is not None:
+            i_suffix = tl.load(suffix_rows_ptr + i_row).to(tl.int64)
+        cache = (i_suffix * KV_HEADS + i_head) * T * D
         length = tl.minimum(tl.load(lengths_ptr + i_row), T)
         top, total, b_sum = attend_places(
             b_q, k_ptr + cache, v_ptr + cache, 0, length, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D
@@ -199,6 +203,7 @@ def launch_attention(
     suffix_k: Tensor,
     suffix_v: Tensor,
     suffix_lengths: Tensor,
+    suffix_rows: Tensor | None,
     scale: float,
     max_group: int,
 ) -> Tensor:
@@ -231,7 +236,6 @@ def launch_attention(
                 **config,
             )
         config = attention_launch_config(H // Hkv, d, q.dtype)
-        suffix_kernel[(R * Hkv,)](
-            q, suffix_k, suffix_v, suffix_lengths, cu_rows, sums, logs, out, T=T, B=B, **shared, **sizes, **config
-        )
+        tensors = (q, suffix_k, suffix_v, suffix_lengths, suffix_rows, cu_rows, sums, logs, out)
+        suffix_kernel[(R * Hkv,)](*tensors, T=T, B=B, **shared, **sizes, **config)
     return out

@@ -32,10 +32,11 @@ def rotate_kernel(
     sin_ptr,  # (M, D)
     positions_ptr,  # (R,) int64
     lengths_ptr,  # (R,) int32
+    suffix_rows_ptr,  # (R,) int32 or None: row r has row r of the caches
     q_norm_ptr,  # (D,) or None
     k_norm_ptr,  # (D,) or None
     out_ptr,  # (R, HEADS, D) out
-    k_cache_ptr,  # (S, KV_HEADS, T, D) out, at [r, :, lengths[r]]
+    k_cache_ptr,  # (S, KV_HEADS, T, D) out, at [suffix_rows[r], :, lengths[r]]
     v_cache_ptr,  # (S, KV_HEADS, T, D) out
     stride_qr,
     stride_kr,
@@ -57,7 +58,10 @@ def rotate_kernel(
     length = tl.load(lengths_ptr + i_row).to(tl.int64)
     m_cache = m_d & (length >= 0) & (length < T)
     i_kv = (i_head - HEADS) % KV_HEADS
-    o_cache = ((i_row * KV_HEADS + i_kv) * T + length) * D + o_d
+    i_suffix = i_row
+    if suffix_rows_ptr is not None:
+        i_suffix = tl.load(suffix_rows_ptr + i_row).to(tl.int64)
+    o_cache = ((i_suffix * KV_HEADS + i_kv) * T + length) * D + o_d
     if i_head >= HEADS + KV_HEADS:
         x_ptr = v_ptr + i_row * stride_vr + i_kv * D + o_d
         tl.store(v_cache_ptr + o_cache, tl.load(x_ptr, mask=m_d), mask=m_cache)
@@ -145,6 +149,7 @@ def launch_rotate(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
+    suffix_rows: Tensor | None,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
@@ -152,7 +157,7 @@ def launch_rotate(
     """`rope_and_store` of checked arguments."""
     (R, H, d), Hkv = q.shape, k.shape[1]
     out = torch.empty(R, H, d, dtype=q.dtype, device=q.device)
-    tensors = (q, k, v, cos, sin, positions, lengths, q_norm, k_norm, out, k_cache, v_cache)
+    tensors = (q, k, v, cos, sin, positions, lengths, suffix_rows, q_norm, k_norm, out, k_cache, v_cache)
     strides = {"stride_qr": q.stride(0), "stride_kr": k.stride(0), "stride_vr": v.stride(0)}
     sizes = {"M": len(cos), "T": k_cache.shape[2], "HEADS": H, "KV_HEADS": Hkv, "D": d}
     if R:
