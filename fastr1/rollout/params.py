@@ -54,7 +54,7 @@ def check_request(
 
 
 def check_logps(logps: torch.Tensor) -> None:
-    """Raises NonFiniteLogitsError where a token was drawn from something that is no distribution; logps are (rows, T)."""
+    """Raises NonFiniteLogitsError where a token was drawn from what is no distribution; logps are (rows, T)."""
     bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteLogitsError(
