@@ -54,7 +54,7 @@ def check_request(
 
 
 def check_logps(logps: torch.Tensor) -> None:
-    """Raises NonFiniteLogitsError where a token of `logps` (rows, T) was drawn from no distribution."""
+    """Raises NonFiniteLogitsError where a token was drawn from what is no distribution; logps are (rows, T)."""
     bad = (~logps.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteLogitsError(
@@ -69,7 +69,7 @@ def find_stop(
     num_checked: int,  # of its tokens, in whose text there is none
     stop_strings: Sequence[str],
 ) -> int | None:
-    """How many of its tokens a completion needs to have a stop string in its text, the fewest; None: no string yet."""
+    """How many tokens a completion has when the first stop string is in its text; None while there is none."""
     for length in range(num_checked + 1, len(token_ids) + 1):
         text = decode(token_ids[:length])
         if any(stop in text for stop in stop_strings):

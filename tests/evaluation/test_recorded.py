@@ -166,7 +166,8 @@ def test_evaluation_and_chat_ask_what_was_trained(world: Path, trained: Path) ->
 def test_evaluation_and_chat_stop_where_training_did(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options: dict[str, Any] = {"num_frames": 4, "max_completion_length": 8, "device": "cpu"}
+    options: dict[str, Any] = {"num_frames": 4, "instruction": INSTRUCTION}
+    options |= {"max_completion_length": 8, "device": "cpu"}
     files: dict[str, Any] = {"data_file": world / "questions.jsonl", "video_root": world}
     unstopped = chat(world / "base", world / "0.mp4", problem(0), **options)
     length = evaluate_checkpoint(model_path=world / "base", **files, **options)["completion_length"]

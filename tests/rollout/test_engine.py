@@ -121,6 +121,11 @@ def test_a_graph_is_replayed_only_where_its_launches_are_those_of_now(toy, launc
     for first, last, group in ((3, 5, 6), (0, 2, 6), (0, 1, 12), (2, 3, 4), (0, 5, 6), (0, 5, 1), (1, 2, 6), (3, 5, 6)):
         sampler.sample(prompts[first:last], tokens[first:last], num_generations=group)
     assert graphs.num_replays > 2 * graphs.num_captures
+    graphs.clear()
+    for number in (1, 5):  # no graph of few rows for many
+        shown = prompts[:number], tokens[:number]
+        ours = sampler.sample(*shown, num_generations=6)
+        assert_same(ours, sample_eagerly(model, processor, *shown, sampler.params, num_generations=6))
 
 
 @pytest.mark.parametrize("steps_per_look", [1, 3, 16])
