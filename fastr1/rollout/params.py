@@ -70,8 +70,11 @@ def find_stop(
     stop_strings: Sequence[str],
 ) -> int | None:
     """How many tokens a completion has when the first stop string is in its text; None while there is none."""
-    for length in range(num_checked + 1, len(token_ids) + 1):
+
+    def has_stop(length: int) -> bool:
         text = decode(token_ids[:length])
-        if any(stop in text for stop in stop_strings):
-            return length
-    return None
+        return any(stop in text for stop in stop_strings)
+
+    if not has_stop(len(token_ids)):
+        return None  # as nearly always: one text, not one for every token that is new
+    return next(length for length in range(num_checked + 1, len(token_ids) + 1) if has_stop(length))

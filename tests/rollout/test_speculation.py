@@ -310,7 +310,7 @@ def test_ids_that_stand_for_a_video_are_never_drawn() -> None:
 class Replayed:
     """Stands for a CUDA graph: runs again what was captured, with the numbers of then."""
 
-    def __init__(self, step: Callable[[], None]) -> None:
+    def __init__(self, step: Callable[[], None], neighbour: Replayed | None) -> None:
         self.replay = step
 
 
