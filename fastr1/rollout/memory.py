@@ -82,7 +82,7 @@ class RolloutPlan:
                 ways.append(f"{setting} to {number - (field == 'rows_per_completion')} or less")
         if not ways:
             return "one prompt alone does not fit; use fewer frames or a GPU with more memory"
-        return "lower " + ", or ".join(ways)
+        return f"lower {', or '.join(ways)}; an evaluation takes its prompts from --batch-size"
 
     def _largest(self, field: str, free_bytes: int) -> int:
         """The largest value of a field, up to its own, that fits; 0: none does."""
