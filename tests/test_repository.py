@@ -115,6 +115,15 @@ def test_linked_and_named_files_exist(page: str) -> None:
     assert missing + [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_names_in_the_recipes_are_those_of_the_code() -> None:
+    recipes = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    sources = [(ROOT / name).read_text() for name in tracked_files() if name.endswith(".py")]
+    words = {word for source in sources for word in re.findall(r"\w+", source)}
+    names = re.findall(r"`([A-Za-z_][\w.]*)`", recipes)
+    assert len(names) > 30
+    assert [name for name in names if name.rpartition(".")[2] not in words] == []
+
+
 def test_no_module_is_named_like_the_standard_library() -> None:
     # `deepspeed fastr1/train.py` may put the folder of the file on the path, where it would hide the real one.
     names = {path.stem for path in (ROOT / "fastr1").glob("*.py")} - {"__init__"}

@@ -53,7 +53,7 @@ class Processor(ABC):
 
     def raw_text(self, ids: torch.Tensor) -> str:
         """Every token as it was said, spaces, line ends and special tokens among them: where stop strings are found."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode(self, ids: torch.Tensor) -> str:
         """The text of a completion: special tokens removed, stripped."""

@@ -10,6 +10,8 @@ import torch
 from fastr1.config import GRPOConfig
 from fastr1.models import VideoLanguageModel
 
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what a text has where bytes are none
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -71,10 +73,12 @@ def find_stop(
 ) -> int | None:
     """How many tokens a completion has when the first stop string is in its text; None while there is none."""
 
-    def has_stop(length: int) -> bool:
-        text = decode(token_ids[:length])
+    def has_stop(text: str) -> bool:
         return any(stop in text for stop in stop_strings)
 
-    if not has_stop(len(token_ids)):
-        return None  # as nearly always: one text, not one for every token that is new
-    return next(length for length in range(num_checked + 1, len(token_ids) + 1) if has_stop(length))
+    text = decode(token_ids)
+    # As nearly always: one text, not one for every token that is new. Half a character may take those before it along.
+    if not has_stop(text) and _NO_CHARACTER not in text:
+        return None
+    lengths = range(num_checked + 1, len(token_ids) + 1)
+    return next((length for length in lengths if has_stop(decode(token_ids[:length]))), None)

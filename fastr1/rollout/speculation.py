@@ -44,6 +44,8 @@ class SpeculativeEngine(RolloutEngine):
         keeps_arenas: bool = True,
         graphs: StepGraphs | None = None,  # as of `RolloutEngine`
     ) -> None:
+        if num_speculative_tokens < 1:
+            raise ValueError(f"num_speculative_tokens is {num_speculative_tokens}; give 1 or more, or a RolloutEngine")
         super().__init__(
             model,
             processor,
@@ -109,7 +111,8 @@ class SpeculativeEngine(RolloutEngine):
         return drafter.draft(completion.row % drafter.num_generations, min(self.num_speculative_tokens, room))
 
     def _suffix_tokens(self) -> int:
-        return sum(len(self._drawn[completion.row]) for completion in self.active)
+        first = [len(self._drawn[completion.row]) for completion in self.active]
+        return sum(sum(range(n, n + 1 + len(draft))) for n, draft in zip(first, self.drafts, strict=True))
 
     def _finish(self) -> None:
         """Keep what was guessed right and the draw behind it, and note who has ended."""

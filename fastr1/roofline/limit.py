@@ -36,7 +36,8 @@ class StepLimit:
         rollout_tokens_per_second, train_tokens_per_second   completion tokens drawn; tokens forwarded in training
 
         A share that is not there was not timed. More than 1 says that the probe was disturbed, or that a small model
-        stayed in the caches of a CPU.
+        stayed in the caches of a CPU, or that speculation drew several tokens of a completion in one step: decode is
+        counted as a step for every token.
         """
         costs = step_costs(self.model, work)
         phases = {name: _timed(seconds, name) for name in (*_COSTS_OF_PHASE, *costs)}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from decoder_toys import TextModel, all_kept, build_text_model, kept, no_videos, params_of, prompts_of
 from distributed_toys import run_on_two_ranks
 from second_family import SecondProcessor
+from tokenizers import decoders
 
 from fastr1.rollout import RolloutEngine, SamplingParams
 from fastr1.rollout.eager import sample_eagerly
@@ -284,6 +285,33 @@ def test_stop_strings_are_found_in_what_was_said(
     ids, is_truncated = spoken(text, stop, monkeypatch)
     assert ids == PROCESSOR.tokenizer(text).input_ids[:end]
     assert is_truncated == (end is None)
+
+
+def test_half_a_character_hides_no_stop_string() -> None:
+    """Bytes side by side are a text together or none of them is: the second of three takes the end of line along."""
+    tokens = ["a", "<0x0A>", "<0xE2>", "<0x82>", "<0xAC>", "b"]
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+
+    def decode(ids: torch.Tensor) -> str:
+        return str(decoder.decode([tokens[i] for i in ids]))
+
+    ids = torch.arange(len(tokens))
+    assert [decode(ids[:length])[1:] for length in (2, 3, 4, 6)] == ["\n", 2 * "\ufffd", 3 * "\ufffd", "\n€b"]
+    for length in range(2, 7):
+        assert find_stop(decode, ids[:length], 0, ("\n",)) == 2
+        assert find_stop(decode, ids[:length], 1, ("x", "\n")) == 2
+    assert [find_stop(decode, ids[:length], 0, ("€",)) for length in (3, 4, 5, 6)] == [None, None, 5, 5]
+    assert find_stop(decode, ids[:4], 0, ("b",)) is None
+
+
+def test_stop_strings_are_looked_for_before_spaces_are_cleaned_up() -> None:
+    processor = SecondProcessor()
+    tokenizer: Any = processor.tokenizer
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    ids = torch.tensor(tokenizer("so , yes").input_ids)
+    assert processor.decode(ids) == "so, yes"
+    assert processor.raw_text(ids) == "so , yes"
 
 
 def test_each_end_has_its_name(model: TextModel) -> None:

@@ -121,6 +121,12 @@ def test_any_number_of_guesses_gives_the_same(one_model: TextModel, number: int)
     assert max(rows for rows, _ in engine.steps) <= 16 * (1 + number)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_guesses_are_no_speculation(one_model: TextModel, number: int) -> None:
+    with pytest.raises(ValueError, match=f"num_speculative_tokens is {number}; give 1 or more"):
+        SpeculativeEngine(one_model, PROCESSOR, params_of(LENGTH), number)
+
+
 def test_a_changed_model_is_guessed_by_its_past(one_model: TextModel) -> None:
     params, engine = params_of(LENGTH), Speculating(one_model, PROCESSOR, params_of(LENGTH), GUESSED)
     engine.sample(PROMPTS, VIDEOS, num_generations=4)
@@ -153,6 +159,7 @@ def test_a_history_that_is_right_saves_steps(model: TextModel) -> None:
         # The first token is drawn behind the prompt, and the last one of every step is not guessed.
         assert engine.num_steps == -(-(len(row) - 1) // (GUESSED + 1))
         assert sum(rows for rows, _ in engine.steps) == len(row) - 1
+        assert engine.costs.read_suffix_tokens == sum(range(len(row)))  # every row its own, and those before it
         if engine.num_steps:
             assert got.metrics["decode_steps"] == engine.num_steps
             assert got.metrics["mean_acceptance_length"] == pytest.approx((len(row) - 1) / engine.num_steps)
