@@ -243,8 +243,8 @@ def test_a_stop_string_in_the_last_token_and_at_the_limit_is_no_truncation() -> 
     assert not rollout.is_truncated[index]
 
 
-def spoken(text: str, stop: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], str]:
-    """The token ids and the end of a completion that would say this text, in both ways to sample."""
+def spoken(text: str, stop: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], bool]:
+    """The token ids of a completion that would say this text, in both ways to sample, and whether it is cut off."""
     model, ids = build_text_model("qwen2"), PROCESSOR.tokenizer(text).input_ids
     length = len(ids)
 
