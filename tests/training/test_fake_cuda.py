@@ -35,7 +35,7 @@ from fastr1.training.loop import TrainingRun
 from fastr1.training.passes import plan_steps
 from fastr1.training.sft import SftTrainer
 from fastr1.training.visual import VisualTokens
-from fastr1.video import preprocess_frames, resize
+from fastr1.video import preprocess_frames, resize_products
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 NUM_PROMPTS, GROUP, NUM_FRAMES = 2, 3, 4
@@ -264,7 +264,8 @@ def test_a_draw(fake_run: Any, temperature: float) -> None:
 
 
 def test_frames_and_controls_stay_on_their_device(fake_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resize, "_window_table", resize._window_table.__wrapped__)  # no fake table may stay behind
+    tables = resize_products._tables_of_doubles.__wrapped__
+    monkeypatch.setattr(resize_products, "_tables_of_doubles", tables)  # no fake table may stay behind
     frames = torch.zeros(NUM_FRAMES, 3, 48, 64, dtype=torch.uint8, device=fake_run.device)
     shown = preprocess_frames(frames, height=28, width=28)
     assert (shown.device, shown.dtype, shown.shape) == (fake_run.device, torch.float32, (NUM_FRAMES, 3, 28, 28))
