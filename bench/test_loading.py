@@ -111,6 +111,6 @@ def test_loading(case: LoadingCase, provider: str, make: Any, run: Any, pytestco
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run(provider, make, rounds=3)
+        run(provider, make, rounds=9)
     finally:
         torch.set_num_threads(num_threads)
