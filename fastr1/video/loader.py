@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -17,6 +18,7 @@ from fastr1.video.decoders import load_clip
 
 T = TypeVar("T")
 R = TypeVar("R")
+_ONE_AT_A_TIME = Lock()  # reads the number of threads, changes it and puts it back
 
 
 def load_pixels(
@@ -42,7 +44,8 @@ class ClipPrefetcher(Generic[T, R]):
 
     Results and their order do not depend on `num_threads`. What `load` raises is raised again when its item is due;
     iteration can go on with the item after it. `items` is read in the calling thread, at most `depth` ahead.
-    Threads, not processes: decoding releases the GIL, and a CUDA decoder does not survive a fork.
+    Threads, not processes: decoding releases the GIL, and a CUDA decoder does not survive a fork. In each of them torch
+    computes in that thread alone.
     Use as a context manager: leaving it cancels what has not begun and waits for what has.
     """
 
@@ -56,7 +59,9 @@ class ClipPrefetcher(Generic[T, R]):
         self._exhausted = False
         self._items_error: Exception | None = None  # raised by `items`, due after the items before it
         self._aborted = False  # closed before the last item was given out
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-prefetch")
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="clip-prefetch", initializer=_compute_without_helpers
+        )
 
     def __enter__(self) -> ClipPrefetcher[T, R]:
         self._fill()
@@ -101,3 +106,17 @@ class ClipPrefetcher(Generic[T, R]):
                 self._exhausted, self._items_error = True, error
             else:
                 self._pending.append((item, self._pool.submit(self._load, item)))
+
+
+def _compute_without_helpers() -> None:
+    """Torch computes in the calling thread alone; other threads, also new ones, keep the number that they have.
+
+    With helpers of its own every thread would have more of them than there are cores, and the many short products of a
+    resize would each wait for all.
+    """
+    with _ONE_AT_A_TIME:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # here, but also in threads that have not used torch yet
+        undo = Thread(target=torch.set_num_threads, args=(num_threads,))  # not here any more
+        undo.start()
+        undo.join()

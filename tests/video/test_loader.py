@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from fastr1.video import ClipPrefetcher
 
@@ -138,3 +139,24 @@ def test_reading_after_an_early_exit_is_an_error_not_an_early_end():
 def test_counts_below_one_are_refused(num_threads, depth):
     with pytest.raises(ValueError, match=f"got {num_threads} and {depth}"):
         ClipPrefetcher(str, [], num_threads=num_threads, depth=depth)
+
+
+def test_torch_has_no_helpers_in_the_threads_that_load_and_keeps_them_elsewhere():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        barrier = threading.Barrier(4)  # one item for each of the threads
+
+        def load(_):
+            barrier.wait(10)
+            return torch.get_num_threads()
+
+        with ClipPrefetcher(load, range(4), num_threads=4, depth=4) as prefetcher:
+            assert [found for _, found in prefetcher] == [1, 1, 1, 1]
+        elsewhere = [torch.get_num_threads()]
+        thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert elsewhere == [3, 3]
+    finally:
+        torch.set_num_threads(before)
