@@ -22,14 +22,19 @@ def resize_frames(
     height: int,
     width: int,
 ) -> torch.Tensor:  # (F, 3, height, width) uint8
-    """Bicubic, antialiased, straight to this size; bit for bit as Pillow 13. Thread-safe; on a CPU without the GIL."""
+    """Bicubic, antialiased, straight to this size; bit for bit as Pillow 13. Thread-safe; on a CPU without the GIL.
+
+    Frames that have this size are returned as they are, not copied.
+    """
     axes = _axes(frames.shape, height, width)
     if not axes or not len(frames):
         return frames.reshape(len(frames), 3, height, width)
     if frames.device.type != "cpu":
         num_together, resize = CHUNK_ELEMENTS // frames[0].numel(), _resize_by_doubles
     elif bytes_are_exact():
-        num_together, resize = CHUNK_LINES // (3 * frames.shape[2]), _resize_by_bytes
+        first, new_size = axes[0]  # as many lines as the other axis is long; then as many as this one has become
+        num_lines = 3 * max(frames.shape[5 - first], new_size)
+        num_together, resize = CHUNK_LINES // num_lines, _resize_by_bytes
     else:
         num_together, resize = 1, _resize_by_pillow
     return torch.cat([resize(part, axes) for part in frames.split(max(1, num_together))])

@@ -1,8 +1,8 @@
 """One axis of Pillow's bicubic resize as products of matrices, the same bits.
 
 Pillow's filter weights are whole numbers of 22 bits; an output is a weighted sum of a short window of inputs, rounded.
-The outputs are cut into blocks that share a window, so the matrices are small and nearly full. A GPU multiplies them in
-float64, which holds the sums exactly. On a CPU a weight is cut into three bytes and an input is centered on zero; the
+The outputs are cut into blocks that share a window, so the matrices are small. A GPU multiplies them in float64, which
+holds the sums exactly. On a CPU a weight is cut into three bytes and an input is centered on zero; the
 three products are of signed bytes, their sums of 32 bits, exact too, and together they are (high · 256 + middle) · 256
 + low. Nothing depends on the order of summation or on the device.
 """
@@ -37,12 +37,10 @@ def resize_by_bytes(
     centered: torch.Tensor,  # (..., in_size) int8, on a CPU for which `bytes_are_exact`
     size: int,
 ) -> torch.Tensor:  # (size, ...) int8: the lines turned, which makes the other axis the last
-    if centered.shape[-1] == 1:  # torch._int_mm takes its strides for others
-        return centered.movedim(-1, 0).expand(size, *centered.shape[:-1])
     starts, weights, constants = _tables_of_bytes(centered.shape[-1], size)
     num_blocks, num_rows, window = weights.shape
     num_outputs = num_rows // 3
-    columns = centered.reshape(-1, centered.shape[-1]).t()
+    columns = centered.movedim(-1, 0).reshape(centered.shape[-1], -1)
     resized = torch.empty(num_blocks * num_outputs, columns.shape[1], dtype=torch.int8, device=columns.device)
     sums = torch.empty(num_rows, columns.shape[1], dtype=torch.int32, device=columns.device)
     high, middle, low = sums.split(num_outputs)
@@ -79,8 +77,8 @@ def _tables_of_doubles(in_size: int, out_size: int) -> tuple[torch.Tensor, torch
 @functools.lru_cache(maxsize=64)
 def _tables_of_bytes(in_size: int, out_size: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     """For every block of outputs its first input; the high, the middle and the low bytes of its weights, (blocks,
-    3 · outputs, window) int8; and what is added to its sums, (blocks, outputs, 1) int32: a half, and, as inputs and
-    outputs are smaller by 128, what 128 times the weights' sum is more than 128."""
+    3 · outputs, window) int8; and what is added to its sums, (blocks, outputs, 1) int32: a half, for rounding, and
+    128 · (sum of the weights - 1), because inputs and outputs are held 128 too small."""
     starts, weights = _blocks(in_size, out_size, BLOCK_OF_BYTES)
     low = ((weights + 128) & 255) - 128
     middle = (((weights - low >> 8) + 128) & 255) - 128

@@ -144,6 +144,24 @@ def test_frames_together_and_one_by_one_are_the_same(monkeypatch):
     assert torch.equal(together, torch.cat([resize_frames(frame[None], 13, 17) for frame in frames]))
 
 
+@pytest.mark.parametrize(("size", "new_size"), [((8, 8), (384, 384)), ((40, 300), (10, 300)), ((300, 4), (300, 2))])
+def test_the_bytes_of_no_axis_are_more_lines_at_a_time_than_allowed(monkeypatch, size, new_size):
+    found = []
+
+    def resize_by_bytes(frames, axes):
+        lengths, num_frames = {2: frames.shape[2], 3: frames.shape[3]}, len(frames)
+        for dim, length in axes:
+            found.append((num_frames, 3 * lengths[5 - dim]))
+            lengths[dim] = length
+        return frames
+
+    monkeypatch.setattr(resize, "bytes_are_exact", lambda: True)
+    monkeypatch.setattr(resize, "_resize_by_bytes", resize_by_bytes)
+    resize_frames(torch.zeros(20, 3, *size, dtype=torch.uint8), *new_size)
+    assert max(num_frames * num_lines for num_frames, num_lines in found) <= resize.CHUNK_LINES
+    assert max(num_frames for num_frames, _ in found) > 1
+
+
 def test_threads_do_not_change_a_frame():
     rng = np.random.default_rng(0)
     clips = [torch.from_numpy(picture(rng, "noise", 50 + i, 70)).permute(2, 0, 1)[None] for i in range(16)]
