@@ -304,13 +304,13 @@ class RolloutEngine:
         longest = int(lengths.max())
         mask = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
         ids = self._rows.completion_ids[:n, :longest].masked_fill(~mask, self.processor.pad_token_id)
-        logps = self._rows.logps[:n, :longest].masked_fill(~mask, 0.0)
+        logps, full_logps = (x[:n, :longest].masked_fill(~mask, 0.0) for x in (self._rows.logps, self._rows.full_logps))
         check_logps(logps)
         is_truncated = torch.tensor([c.ended_by == "length" for c in self.completions], device=lengths.device)
         on_host = zip(ids.cpu(), lengths.tolist(), strict=True)
         texts = [self.processor.decode(row[:length]) for row, length in on_host]
         metrics = self.costs.metrics(self.model, int(lengths.sum()), self.graphs)
-        return Rollout(ids, mask, logps, is_truncated, texts, metrics)
+        return Rollout(ids, mask, logps, full_logps, is_truncated, texts, metrics)
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> list[slice]:

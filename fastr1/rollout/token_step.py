@@ -105,7 +105,7 @@ class TokenStep:
         """Draw the next token of the first rows from their logits (R, V), and keep it."""
         rows, params, num_rows = self.rows, self.params, len(logits)
         drawn, has_ended = rows.num_drawn[:num_rows], rows.has_ended[:num_rows]
-        token, logp, _ = sample_tokens(
+        token, logp, full_logp = sample_tokens(
             logits,
             rows.keys[:num_rows],
             drawn,
@@ -119,6 +119,7 @@ class TokenStep:
         output_rows = rows.output_rows[:num_rows]
         rows.completion_ids.index_put_((output_rows, drawn), token)
         rows.logps.index_put_((output_rows, drawn), logp)
+        rows.full_logps.index_put_((output_rows, drawn), full_logp)
         rows.lengths.index_add_(0, output_rows, (~has_ended).long())
         rows.tokens[:num_rows] = token
         has_ended |= (token[:, None] == self.end_ids).any(dim=1)

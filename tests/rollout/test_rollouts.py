@@ -44,6 +44,7 @@ def assert_same(got: Rollout, want: Rollout) -> None:
     assert got.texts == want.texts
     assert torch.equal(got.is_truncated, want.is_truncated)
     torch.testing.assert_close(got.sampler_logps, want.sampler_logps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got.full_logps, want.full_logps, atol=1e-4, rtol=0)
 
 
 def sample_both(

@@ -207,7 +207,8 @@ def batch_of(run: Any, visual: VisualTokens) -> Batch:
     rows, length = NUM_PROMPTS * GROUP, 5
     mask = torch.ones(rows, length, dtype=torch.bool, device=run.device)
     ids = torch.zeros(rows, length, dtype=torch.long, device=run.device)
-    rollout = Rollout(ids, mask, torch.zeros(rows, length, device=run.device), mask[:, 0], [""] * rows)
+    logps = torch.zeros(rows, length, device=run.device)
+    rollout = Rollout(ids, mask, logps, logps, mask[:, 0], [""] * rows)
     prompts = [ids.to(run.device) for ids in run.prompts]
     counted = [True] * GROUP + [False] * (rows - GROUP)
     return Batch(
