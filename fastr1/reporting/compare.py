@@ -54,7 +54,7 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
             raise RunLogError(
                 f"{run.folder} has no rows of metrics.jsonl to compare; leave it out, or wait for the first"
             )
-    return write_text(Path(output), build_comparison(runs), "--out")
+    return write_text(Path(output), build_comparison(runs), "--output")
 
 
 def build_comparison(runs: Sequence[Run]) -> str:

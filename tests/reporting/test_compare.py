@@ -142,7 +142,7 @@ def test_metrics_that_are_left_out_are_counted(tmp_path: Path) -> None:
 def test_compare_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(run_of(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "b"))]
     target = tmp_path / "new" / "both.html"
-    assert cli.main(["compare", *folders, "--out", str(target)]) == 0
+    assert cli.main(["compare", *folders, "--output", str(target)]) == 0
     assert capsys.readouterr().out == f"{target}\n"
     assert "Runs beside each other" in target.read_text()
 
