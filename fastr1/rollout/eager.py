@@ -66,9 +66,7 @@ def sample_eagerly(
         full_logps[rows, step] = torch.where(has_ended, 0.0, full_logp)
         has_ended = has_ended | torch.isin(token, end_ids)
         if params.stop_strings:
-            for row in (~has_ended).nonzero().flatten().tolist():
-                ids = completion_ids[rows[row], : step + 1].cpu()
-                has_ended[row] = find_stop(processor.raw_text, ids, step, params.stop_strings) is not None
+            has_ended |= _has_stop(processor, completion_ids[rows, : step + 1], ~has_ended, params.stop_strings)
         num_open = int((~has_ended).sum())
         if step + 1 == length or num_open == 0:
             break
@@ -85,6 +83,20 @@ def sample_eagerly(
     is_truncated[rows] = ~has_ended
     texts = [processor.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), completion_mask.cpu(), strict=True)]
     return Rollout(completion_ids, completion_mask, logps, full_logps, is_truncated, texts)
+
+
+def _has_stop(
+    processor: Processor,
+    completion_ids: torch.Tensor,  # (R, n)
+    is_open: torch.Tensor,  # (R,) bool, none but these is looked at
+    stop_strings: Sequence[str],
+) -> torch.Tensor:
+    """(R,) bool, whether the last token completes one of `stop_strings`."""
+    found = torch.zeros_like(is_open)
+    for row in is_open.nonzero().flatten().tolist():
+        ids = completion_ids[row].cpu()
+        found[row] = find_stop(processor.raw_text, ids, len(ids) - 1, stop_strings) is not None
+    return found
 
 
 def _draw(
