@@ -124,7 +124,6 @@ class RunLogger:
             if rows and step == self._last_row:
                 if self._tensorboard is not None:
                     self._tensorboard.add_text("completions", _first_group(rows), step)
-                    self._tensorboard.flush()
                 for tracker in self._trackers:
                     tracker.log_rollouts(step, rows)
 

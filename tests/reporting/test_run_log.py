@@ -162,6 +162,7 @@ def test_tensorboard_has_the_first_group_of_an_update_with_numbers_as_text(tmp_p
     logger.log(2, {"reward": 0.5})
     logger.log_rollouts(2, rows)
     logger.log_rollouts(2, [])  # of supervised fine-tuning
+    logger.close()
     (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("completions/text_summary")
     assert event.step == 2
     # Lines that are indented are shown as they are.
@@ -171,7 +172,6 @@ def test_tensorboard_has_the_first_group_of_an_update_with_numbers_as_text(tmp_p
         f"\n\nReward {rows[0]['reward']:g}, advantage +{rows[0]['advantage']:g}{completion}"
         f"\n\nReward {rows[1]['reward']:g}, advantage {rows[1]['advantage']:g}{completion}"
     )
-    logger.close()
 
 
 def test_plain_progress_is_a_few_lines_with_the_rest_of_the_run(tmp_path: Path) -> None:
