@@ -18,7 +18,7 @@ from fastr1.models.positions import padded_positions
 from fastr1.rollout.noise import completion_keys
 from fastr1.rollout.params import SamplingParams, check_logps, check_request, find_stop
 from fastr1.schema import Rollout
-from fastr1_kernels import gumbel_noise
+from fastr1_kernels import SampledTokens, gumbel_noise
 from fastr1_kernels.reference_sampling import kept_columns
 
 
@@ -105,9 +105,8 @@ def _draw(
     params: SamplingParams,
     row_keys: torch.Tensor,  # (R,)
     position: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids (R,), their log-probabilities (R,) under the sampled distribution, and those (R,) of the whole
-    vocabulary."""
+) -> SampledTokens:
+    """Token ids, and their log-probabilities under the sampled distribution and under that of the whole vocabulary."""
     full, logits = logits / (params.temperature or 1), logits.index_fill(-1, media, -math.inf)
     if params.temperature == 0:
         token = logits.argmax(dim=-1)
@@ -116,4 +115,4 @@ def _draw(
         logits = torch.where(kept, logits / params.temperature, -math.inf)
         token = (logits + gumbel_noise(row_keys, torch.full_like(row_keys, position), logits.shape[-1])).argmax(dim=-1)
     logp, full_logp = (x.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0] for x in (logits, full))
-    return token, logp, full_logp
+    return SampledTokens(token, logp, full_logp)
