@@ -276,7 +276,15 @@ def test_prompt_beyond_a_micro_batch_is_refused_with_its_line_and_the_number(wor
         run_grpo(make_config(world, tmp_path, optim__max_tokens_per_micro_batch=20))
 
 
-@pytest.mark.parametrize("changes", [{}, {"grpo__top_k": 3}, {"grpo__min_p": 0.5, "grpo__temperature": 0.7}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"grpo__top_k": 3},
+        {"grpo__min_p": 0.5, "grpo__temperature": 0.7},
+        {"grpo__top_k": 3, "grpo__max_num_gen_batches": 3, "grpo__num_generations": 2},  # some groups are replaced
+    ],
+)
 @pytest.mark.parametrize("backend", ["engine", "eager"])
 def test_sampler_and_trainer_are_compared_on_the_same_distribution(
     world: Path, tmp_path: Path, backend: str, changes: dict[str, Any]
