@@ -23,7 +23,7 @@ demo: $(READY)  ## the whole pipeline on generated clips, on a CPU or a GPU; SEE
 	$(BIN)/fastr1 demo --output-dir $(OUTPUT) --seed $(SEED)
 
 demo-base: $(READY)  ## train a base model for the demo from nothing, 37 minutes; OUTPUT=runs/demo
-	$(BIN)/python -m fastr1.demo.pretrain --output $(OUTPUT)/base_model
+	$(BIN)/python -m fastr1.demo.pretrain --output-dir $(OUTPUT)/base_model
 
 readme: $(READY)  ## the measured numbers and the chart of README.md, from the rows in bench/results
 	$(BIN)/python scripts/render_readme.py

@@ -175,9 +175,9 @@ def ending_at(lengths: Sequence[int], group: int, end_id: int) -> Iterator[Any]:
         is_last = ends.to(row.device)[row] == positions + 1
         return torch.where(is_last, end_id, torch.where(token == end_id, 0, token))
 
-    def forced_draw(logits: Tensor, params: SamplingParams, row_keys: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        token, logp = draw(logits, params, row_keys, position)
-        return force(token, row_keys, position), logp
+    def forced_draw(*given: Any) -> SampledTokens:
+        drawn, (*_, row_keys, position) = draw(*given), given
+        return drawn._replace(token_ids=force(drawn.token_ids, row_keys, position))
 
     def forced_tokens(logits: Tensor, row_keys: Tensor, positions: Tensor, **options: Any) -> SampledTokens:
         drawn = sample_tokens(logits, row_keys, positions, **options)

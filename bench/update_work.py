@@ -163,7 +163,7 @@ def draw_work(case: UpdateCase, model: VideoLanguageModel, videos: list[Tensor] 
     rollout = Rollout(
         ids(*mask.shape).masked_fill(~mask, 0).to(device),
         mask.to(device),
-        torch.zeros(mask.shape, device=device),
+        *torch.zeros(2, *mask.shape, device=device),
         torch.zeros(B * G, dtype=torch.bool, device=device),
         [""] * (B * G),
     )

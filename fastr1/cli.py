@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
 
     add_report_arguments(_add(commands, "report", report, "show a run as one page", "runs/demo/grpo"))
-    example = "runs/seed0/grpo runs/seed1/grpo --out compare.html"
+    example = "runs/seed0/grpo runs/seed1/grpo --output compare.html"
     add_compare_arguments(_add(commands, "compare", compare, "show several runs beside each other", example))
     doctor = _add(commands, "doctor", _doctor, "check what works on this machine", "--json")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
@@ -197,11 +197,11 @@ def _add_check_data(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _add_frames(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     help_ = "draw the frames of a video that a model would see as one picture"
-    parser = _add(commands, "frames", _frames, help_, "clip.mp4 --num-frames 16 --out sheet.png")
+    parser = _add(commands, "frames", _frames, help_, "clip.mp4 --num-frames 16 --output sheet.png")
     parser.add_argument("video", metavar="VIDEO", help="video file")
     number = DataConfig.num_frames
     parser.add_argument("--num-frames", type=positive, default=number, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, …")
+    parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, …")
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -266,7 +266,7 @@ def _check_data(args: argparse.Namespace) -> int:
 def _frames(args: argparse.Namespace) -> int:
     from fastr1.video.sheets import write_contact_sheet
 
-    print(write_contact_sheet(args.video, args.out, args.num_frames))
+    print(write_contact_sheet(args.video, args.output, args.num_frames))
     return 0
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -122,15 +122,20 @@ def format_report(checks: list[Check]) -> str:
 
 
 def check_attention(config: TrainConfig) -> str:
-    """Forward and backward of the demo's base model with the configuration's attention and dtype.
+    """What training and its rollouts compute attention with: the demo's base model, loaded, sampled from and trained on
+    as the configuration says.
 
-    Returns: the attention kernels that ran, as torch or the library that has them names them.
+    Returns: for each of them the setting, and the kernels that ran as torch or the library that has them names them.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fastr1.models import load_model, load_processor
+    from fastr1.models import load_processor
+    from fastr1.models.packed_attention import choose_packed_backend
     from fastr1.models.packed_layout import PackedLayout
+    from fastr1.rollout import SamplingParams, build_sampler
+    from fastr1.training.loop import load_policy
+    from fastr1_kernels.dispatch import uses_triton
 
     class Watch(TorchDispatchMode):
         def __init__(self) -> None:
@@ -143,25 +148,33 @@ def check_attention(config: TrainConfig) -> str:
                 self.seen[name.lstrip("_")] = None
             return op(*args, **(kwargs or {}))
 
-    path, settings = PACKAGE / "demo" / "base_model", config.model
+        def __str__(self) -> str:
+            return ", ".join(self.seen) or "products and softmax"
+
+    path = PACKAGE / "demo" / "base_model"
     processor = load_processor(path)
-    model = load_model(path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
-    model.packed_attn_implementation = settings.packed_attn_implementation
+    model = load_policy(replace(config, model=replace(config.model, path=str(path)))).eval()
+    sample = build_sampler(model, processor, SamplingParams(2), config.rollout)
     prompts = [processor.prompt_ids(text, instruction="").to(model.device) for text in ("Which?", "Which way is it?")]
     completions = torch.ones(2, 3, dtype=torch.long, device=model.device)
     with Watch() as vision:
         tokens = model.visual_tokens([model.encode(processor.blank_pixels(8).to(model.device)) for _ in prompts])
-    with Watch() as sampling, torch.no_grad():
-        embeds, mask = model.embed_prompts(prompts, tokens)
-        cache, _ = model.prefill(embeds, mask)
-        model.extend(completions, torch.cat([mask, completions], dim=1), cache)
+    with Watch() as rollout:
+        sample(prompts, [x.detach() for x in tokens], num_generations=2)
+    model.train()
     with Watch() as training:
         layout = PackedLayout(model.prompt_lengths(prompts, tokens), [[3]] * 2)
         model.completion_states(prompts, tokens, completions.flatten(), layout).sum().backward()
-    parts = {"training": training.seen, "sampling": sampling.seen, "vision": vision.seen}
-    used = "; ".join(f"{name} {', '.join(seen) or 'products and softmax'}" for name, seen in parts.items())
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{settings.attn_implementation} in {dtype} on {model.device}: {used}"
+    backend = choose_packed_backend(config.model.packed_attn_implementation, model.device, model.dtype)
+    drawn = str(rollout)
+    if config.rollout.backend == "engine":
+        drawn += f"; its tokens by {'a Triton kernel' if uses_triton(model.head[0]) else 'plain torch'}"
+    parts = (
+        f"training {backend} ({training})",
+        f"rollout {config.rollout.backend} ({drawn})",
+        f"vision {config.model.attn_implementation} ({vision})",
+    )
+    return f"{str(model.dtype).removeprefix('torch.')} on {model.device}: {', '.join(parts)}"
 
 
 def check_video(backend: str = "auto") -> str:

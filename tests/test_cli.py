@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -64,6 +65,27 @@ def test_every_command_has_help_with_an_example_that_parses(name: str, capsys: p
     cli.build_parser().parse_args(words[1:])
 
 
+def test_a_file_to_write_is_output_and_a_folder_output_dir() -> None:
+    """Everywhere; the shorter --out is what argparse takes for either."""
+    (commands,) = (action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    found = {
+        name: {
+            option: action.metavar for action in parser._actions for option in action.option_strings if "out" in option
+        }
+        for name, parser in commands.choices.items()
+    }
+    assert {name: options for name, options in found.items() if options} == {
+        "check-data": {"--output-dir": "DIR", "--timeout-seconds": None},
+        "frames": {"--output": "FILE"},
+        "eval": {"--output": "JSON"},
+        "demo-data": {"--output-dir": "DIR"},
+        "demo": {"--output-dir": "DIR"},
+        "report": {"--output": "HTML"},
+        "compare": {"--output": "HTML"},
+    }
+    assert cli.build_parser().parse_args(["frames", "clip.mp4", "--out", "sheet.png"]).output == "sheet.png"
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -99,7 +121,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["demo-data", "--num-train", "many"],
         ["report"],
         ["frames", "clip.mp4"],
-        ["frames", "clip.mp4", "--out", "sheet.png", "--num-frames", "0"],
+        ["frames", "clip.mp4", "--output", "sheet.png", "--num-frames", "0"],
         ["report", "run", "--port", "x"],
         ["compare"],
         ["check-data", "--config", "c.json", "--dry-run"],
@@ -271,10 +293,10 @@ def test_frames_writes_a_sheet_and_prints_its_path(
 ) -> None:
     sheets = [tmp_path / "a.png", tmp_path / "b.png"]
     for sheet, options in zip(sheets, ([], ["--num-frames", "3"]), strict=True):
-        assert cli.main(["frames", str(world / "0.mp4"), "--out", str(sheet), *options]) == 0
+        assert cli.main(["frames", str(world / "0.mp4"), "--output", str(sheet), *options]) == 0
         assert capsys.readouterr().out == f"{sheet}\n"
     assert sheets[0].stat().st_size > sheets[1].stat().st_size > 0
-    assert cli.main(["frames", str(world / "none.mp4"), "--out", str(sheets[0])]) == 2
+    assert cli.main(["frames", str(world / "none.mp4"), "--output", str(sheets[0])]) == 2
     assert "none.mp4: does not exist" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ import torch
 
 import fastr1_kernels
 from fastr1 import cli, doctor
-from fastr1.config import DataConfig, ModelConfig, TrainConfig
+from fastr1.config import DataConfig, ModelConfig, RolloutConfig, TrainConfig
 from fastr1.doctor import Check, format_report, run_checks
 
 GOOD = Check("torch", True, "2.13.0")
@@ -76,7 +76,8 @@ def test_this_environment_is_described_truthfully(checks: dict[str, Check]) -> N
     assert re.fullmatch(r".+: \S+ TFLOP/s in matrix products, \S+ GB/s in copies", checks["speed"].detail)
     assert checks["attention"].ok, checks["attention"]
     assert re.match(
-        r"sdpa in (float32 on cpu|bfloat16 on cuda:0): training \w+; sampling scaled_dot_product_\w+",
+        r"(float32 on cpu: training sdpa \(\w+\), rollout engine \(scaled_dot_product_\w+; its tokens by plain torch"
+        r"|bfloat16 on cuda:0: training \w+ \(.+\), rollout engine \(.+; its tokens by a Triton kernel)\), vision sdpa",
         checks["attention"].detail,
     )
     assert not [check for check in checks.values() if not check.ok and not check.remedy]
@@ -116,13 +117,33 @@ def test_a_check_of_the_kernels_that_dies_is_a_finding(monkeypatch: pytest.Monke
     assert (check.ok, check.detail) == (False, "did not run: Segmentation fault")
 
 
+@pytest.mark.parametrize(
+    ("rollout", "found"),
+    [
+        (RolloutConfig("eager"), r"rollout eager \(products and softmax\)"),
+        (RolloutConfig("engine"), r"rollout engine \(scaled_dot_product_flash_\w+; its tokens by"),
+        (
+            RolloutConfig("engine", num_speculative_tokens=2),
+            r"rollout engine \(scaled_dot_product_flash_\w+; its tokens",
+        ),
+    ],
+)
+def test_attention_is_that_of_training_and_of_what_samples(rollout: RolloutConfig, found: str) -> None:
+    config = TrainConfig(model=ModelConfig(attn_implementation="eager", dtype="bfloat16"), rollout=rollout)
+    detail = doctor.check_attention(config)
+    assert re.match(r"bfloat16 on \S+: training \w+ \(\w+", detail)
+    assert re.search(found, detail)
+    assert ", vision eager (" in detail
+
+
+def test_attention_that_is_not_packed_in_training_is_found() -> None:
+    config = TrainConfig(model=ModelConfig(packed_attn_implementation="eager", gradient_checkpointing=True))
+    detail = doctor.check_attention(config)
+    assert "training eager (products and softmax), rollout engine (products and softmax; its tokens" in detail
+
+
 def test_attention_and_decoder_are_those_of_the_configuration() -> None:
-    config = TrainConfig(
-        model=ModelConfig(attn_implementation="eager", dtype="bfloat16"), data=DataConfig(backend="pyav")
-    )
-    assert re.match(
-        r"eager in bfloat16 on \S+: training \w+; sampling products and softmax; vision", doctor.check_attention(config)
-    )
+    config = TrainConfig(data=DataConfig(backend="pyav"))
     assert doctor.check_video(config.data.backend).startswith("pyav")
     with pytest.raises(Exception, match="flash"):
         doctor.check_attention(TrainConfig(model=ModelConfig(attn_implementation="flash_attention_nine")))

@@ -148,7 +148,7 @@ ROOMS: dict[str, set[str]] = {
         *("config", "schema", "data", "video", "rewards", "reporting", "models", "roofline", "rollout", "evaluation")
     },
     "check_data": {"config", "schema", "workers", "data", "video", "models"},
-    "doctor": {"config", "video", "models", "roofline", "training"},
+    "doctor": {"config", "video", "models", "rollout", "roofline", "training"},
     "demo": {"config", "schema", "data", "video", "reporting", "models", "evaluation"},
     "cli": {"config", "video", "check_data", "doctor", "demo", "reporting", "evaluation", "training"},
     "train": {"config", "cli"},

@@ -1,6 +1,6 @@
 """Train a base model for the demo from nothing, as the parts of the paper's base were trained: tower, text, together.
 
-    python -m fastr1.demo.pretrain --output fastr1/demo/base_model
+    python -m fastr1.demo.pretrain --output-dir fastr1/demo/base_model
 
 The shipped weights were made in more steps than this one command; docs/design.md tells which.
 
@@ -330,11 +330,11 @@ def _fast_arithmetic() -> AbstractContextManager[None]:
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description="Train a base model for the demo from nothing.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base_model")
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "base_model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pretrain(args.output, seed=args.seed)
-    print(f"written to {args.output}")
+    pretrain(args.output_dir, seed=args.seed)
+    print(f"written to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from fastr1.config import ConfigError, Control, DataConfig, GRPOConfig, ModelConfig, Policy, RunConfig
-from fastr1.data.ledger import BadRow, LoadedSamples
+from fastr1.data.ledger import BadRow, BadSampleLedger, LoadedSamples
 from fastr1.data.questions import load_questions
 from fastr1.evaluation.multiple_choice import Evaluator, summarise_answers
 from fastr1.evaluation.recorded import data_settings, stop_strings
@@ -105,20 +105,29 @@ def evaluate_checkpoint(
         answers, failures = job.answer_share(evaluator, 0)
     else:
         answers, failures = _answer_in_processes(job, evaluator.samples)
-    evaluator.ledger.record(failures, step=0, when="evaluation")
-    for row in evaluator.ledger.rows:
-        logger.warning("%s, line %d is left out: %s", row.file, row.line, row.reason)
-    evaluator.ledger.check_bound()
+    _check_failures(evaluator.ledger, failures)
     summary = summarise_answers(answers, evaluator.num_rows)
     if output is not None:
-        content = {
-            "summary": summary,
-            "answers": [asdict(answer) for answer in answers],
-            "left_out": [asdict(row) for row in evaluator.ledger.rows],
-        }
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        _write_answers(Path(output), summary, answers, evaluator.ledger)
     return summary
+
+
+def _check_failures(ledger: BadSampleLedger, failures: list[BadRow]) -> None:
+    """Name what was left out. Raises DataError where it is too much."""
+    ledger.record(failures, step=0, when="evaluation")
+    for row in ledger.rows:
+        logger.warning("%s, line %d is left out: %s", row.file, row.line, row.reason)
+    ledger.check_bound()
+
+
+def _write_answers(file: Path, summary: dict[str, float], answers: list[Answer], ledger: BadSampleLedger) -> None:
+    content = {
+        "summary": summary,
+        "answers": [asdict(answer) for answer in answers],
+        "left_out": [asdict(row) for row in ledger.rows],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ approximated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,15 @@ class DecoderLayer:
     down_proj: nn.Module
     scale: float  # of attention scores
 
+    @property
+    def attention_inputs(self) -> tuple[nn.Module, ...]:
+        """Projections of one input, as `SideBySide` takes them; so are those of the MLP."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    @property
+    def mlp_inputs(self) -> tuple[nn.Module, ...]:
+        return self.gate_proj, self.up_proj
+
 
 @dataclass(frozen=True)
 class DecoderStack:
@@ -80,6 +90,13 @@ class DecoderStack:
         projections = [m for layer in self.layers for name, m in vars(layer).items() if name.endswith("_proj")]
         return all(map(_is_plain, projections)) and not _is_hooked(self.embed_tokens)
 
+    @property
+    def copied_bytes(self) -> int:
+        """What `SideBySide` takes for the length of a rollout."""
+        groups = [group for layer in self.layers for group in (layer.attention_inputs, layer.mlp_inputs)]
+        copied = [parameter for group in groups for linear in _copied(group) for parameter in linear.parameters()]
+        return sum(parameter.nbytes for parameter in copied)
+
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that a token step reads, those of the embedding last."""
         modules = [module for layer in self.layers for module in vars(layer).values() if isinstance(module, nn.Module)]
@@ -110,18 +127,24 @@ class SideBySide:
     def __init__(self, *modules: nn.Module) -> None:
         self._modules = modules
         self._joined: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        linears = [module for module in modules if isinstance(module, nn.Linear) and _is_plain(module)]
-        if len(linears) == len(modules) and all(linear.weight.device.type == "cpu" for linear in linears):
-            biases = [linear.bias for linear in linears]
-            if len({bias is None for bias in biases}) == 1:
-                weight = torch.cat([linear.weight.detach() for linear in linears])
-                self._joined = weight, None if biases[0] is None else torch.cat([b.detach() for b in biases])
-                self._sizes = [linear.out_features for linear in linears]
+        if linears := _copied(modules):
+            weight = torch.cat([linear.weight.detach() for linear in linears])
+            has_bias = linears[0].bias is not None
+            self._joined = weight, torch.cat([linear.bias.detach() for linear in linears]) if has_bias else None
+            self._sizes = [linear.out_features for linear in linears]
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self._joined is None:
             return tuple(project(module, x) for module in self._modules)
         return F.linear(x, *self._joined).split(self._sizes, dim=1)
+
+
+def _copied(modules: Sequence[nn.Module]) -> list[nn.Linear]:
+    """Projections of one input that are copied into one matrix: all of them or none."""
+    linears = [module for module in modules if isinstance(module, nn.Linear) and _is_plain(module)]
+    on_cpu = all(linear.weight.device.type == "cpu" for linear in linears)
+    have_bias = {linear.bias is not None for linear in linears}
+    return linears if len(linears) == len(modules) and on_cpu and len(have_bias) == 1 else []
 
 
 def is_of_transformers(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastr1 compare`."""
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folders of runs")
     parser.add_argument(
-        "--out", default="compare.html", metavar="HTML", help="the page to write (default: %(default)s)"
+        "--output", default="compare.html", metavar="HTML", help="the page to write (default: %(default)s)"
     )
 
 
@@ -60,5 +60,5 @@ def compare(args: argparse.Namespace) -> int:
     """`fastr1 compare`."""
     from fastr1.reporting.compare import write_comparison
 
-    print(write_comparison(args.run_dirs, args.out))
+    print(write_comparison(args.run_dirs, args.output))
     return 0

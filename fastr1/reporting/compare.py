@@ -54,7 +54,7 @@ def write_comparison(run_dirs: Sequence[str | Path], output: str | Path) -> Path
             raise RunLogError(
                 f"{run.folder} has no rows of metrics.jsonl to compare; leave it out, or wait for the first"
             )
-    return write_text(Path(output), build_comparison(runs), "--out")
+    return write_text(Path(output), build_comparison(runs), "--output")
 
 
 def build_comparison(runs: Sequence[Run]) -> str:
@@ -67,7 +67,13 @@ def build_comparison(runs: Sequence[Run]) -> str:
         title="Runs beside each other",
         version=None,
         sets=[_set_view(place, found) for place, found in enumerate(sets)],
-        notes=first_notes([*_repeated_seeds(sets), *(f"{run.name}: {note}" for run in runs for note in run.notes)]),
+        notes=first_notes(
+            [
+                *_repeated_seeds(sets),
+                *_left_out(sets),
+                *(f"{run.name}: {note}" for run in runs for note in run.notes),
+            ]
+        ),
         rows=_final_rows(sets),
         settings=differing([run.config for run in runs]),
         names=_names(runs),
@@ -105,12 +111,16 @@ def _label(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def compare_charts(sets: Sequence[RunSet]) -> list[Chart]:
-    """One chart for every metric that a run has, a line for every set."""
+def compared_metrics(sets: Sequence[RunSet]) -> list[str]:
+    """Every metric that a run has, in the order of the page."""
     names = dict.fromkeys(name for found in sets for run in found.runs for name in run.series)
-    ordered = [name for name in _FIRST if name in names] + sorted(set(names) - {*_FIRST, "epoch"})
+    return [name for name in _FIRST if name in names] + sorted(set(names) - {*_FIRST, "epoch"})
+
+
+def compare_charts(sets: Sequence[RunSet]) -> list[Chart]:
+    """One chart for each of the first metrics, a line for every set."""
     charts = []
-    for name in ordered[:MAX_CHARTS]:
+    for name in compared_metrics(sets)[:MAX_CHARTS]:
         lines = []
         for place, found in enumerate(sets):
             merged = merge([run.series[name] for run in found.runs if name in run.series])
@@ -147,6 +157,12 @@ def _repeated_seeds(sets: Sequence[RunSet]) -> Iterator[str]:
         for seed, number in Counter(_seeds(found)).items():
             if number > 1:
                 yield f"{found.label}: {number} runs have the seed {seed}; the mean counts each of them."
+
+
+def _left_out(sets: Sequence[RunSet]) -> Iterator[str]:
+    number = len(compared_metrics(sets)) - MAX_CHARTS
+    if number > 0:
+        yield f"{number} metrics are left out to keep the page small; metrics.jsonl of the runs has them."
 
 
 def _set_view(place: int, found: RunSet) -> dict[str, Any]:

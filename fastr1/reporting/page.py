@@ -27,6 +27,7 @@ from fastr1.reporting.settings import beside_defaults, flatten
 PAGE_FILE = "report.html"
 MAX_BYTES = 15 * 10**6
 MAX_NOTES = 40
+MAX_OTHER_CHARTS = 40
 _SHARES = (1.0, 0.5, 0.2, 0.0)
 
 
@@ -79,7 +80,9 @@ def _build(run: Run, version: str | None, files: Sequence[str], share: float) ->
     names, rates = rate_table(run.evaluations)
     changed, same = beside_defaults(run.config)
     drawn = [layout(chart, f"chart-{i}", (1, run.last_step)) for i, chart in enumerate(charts)]
-    drawn_others = [layout(chart, f"other-{i}", (1, run.last_step)) for i, chart in enumerate(others)]
+    drawn_others = [
+        layout(chart, f"other-{i}", (1, run.last_step)) for i, chart in enumerate(others[:MAX_OTHER_CHARTS])
+    ]
     counts = {outcome: sum(pair.outcome == outcome for pair in pairs) for outcome in OUTCOMES}
     return render(
         "report.html",
@@ -91,6 +94,7 @@ def _build(run: Run, version: str | None, files: Sequence[str], share: float) ->
         notes=first_notes([*sheets.notes(), *_other_notes(run, budget, pairs, shown_pairs), *run.notes]),
         charts=drawn,
         other_charts=drawn_others,
+        left_out=[chart.title for chart in others[MAX_OTHER_CHARTS:]],
         chart_data={chart["id"]: chart["data"] for chart in (*drawn, *drawn_others)},
         task=run.config.get("task", "grpo"),
         has_rollouts=run.picks.num_groups > 0,

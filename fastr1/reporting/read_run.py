@@ -26,6 +26,7 @@ FRAMES_DIR = "frames"
 NUM_UPDATES_SHOWN = 12
 NUM_BAD_SHOWN = 200
 MAX_CHARS = 20_000  # of one text
+_RENAMED = {"rollout_tokens_per_second": "rollout/tokens_per_second"}  # metrics of earlier versions
 
 Row = dict[str, Any]
 
@@ -84,7 +85,7 @@ def read_run(folder: str | Path, *, with_rollouts: bool = True) -> Run:
     run.config = _read_object(run, CONFIG_FILE, "settings are not shown")
     run.summary = _read_object(run, SUMMARY_FILE, None)
     run.hardware = _read_object(run, HARDWARE_FILE, None)
-    run.series = to_series(_read_rows(run, METRICS_FILE, _is_step, "there are no curves"))
+    run.series = _renamed(to_series(_read_rows(run, METRICS_FILE, _is_step, "there are no curves")))
     run.last_step = max((int(steps[-1]) for steps, _ in run.series.values() if len(steps)), default=0)
     run.is_finished = (run.folder / "final").is_dir()
     run.total_steps = _total_steps(run)
@@ -104,6 +105,12 @@ def read_run(folder: str | Path, *, with_rollouts: bool = True) -> Run:
     changed = [path.stat().st_mtime for name in files if (path := run.folder / name).is_file()]
     run.written = datetime.fromtimestamp(max(changed), timezone.utc)
     return run
+
+
+def _renamed(series: dict[str, Series]) -> dict[str, Series]:
+    """Metrics by their names of today, whatever an earlier version called them; of both the one of today."""
+    earlier = {_RENAMED[name]: points for name, points in series.items() if name in _RENAMED}
+    return earlier | {name: points for name, points in series.items() if name not in _RENAMED}
 
 
 def stream_rows(path: Path, is_whole: Callable[[Row], bool], notes: list[str]) -> Iterator[Row]:

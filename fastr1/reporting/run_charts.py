@@ -10,11 +10,30 @@ from fastr1.reporting.charts import Chart, Line
 from fastr1.reporting.curves import Series
 from fastr1.reporting.rollout_picks import SHARES, Picks
 
-MAX_OTHER_CHARTS = 40
 _ACCURACIES = (
     ("Held-out accuracy", "eval/accuracy", "Greedy, on the held-out questions of the run; every right letter counts."),
     ("Held-out accuracy, strict", "eval/strict_accuracy", "The same answers: right and well formed."),
 )
+# Title, unit and bottom of the axis of what is drawn alone.
+_ALONE: dict[str, tuple[str, str, float | None]] = {
+    "rollout/prefill_tokens_per_second": ("Rollout: reading prompts", "tokens per second", 0),
+    "rollout/decode_tokens_per_second": ("Rollout: drawing", "tokens per second", 0),
+    "rollout/decode_gb_per_second": ("Rollout: memory read while drawing", "10⁹ bytes per second", 0),
+    "rollout/decode_steps": ("Rollout: steps", "per update", 0),
+    "rollout/wasted_rows": ("Rollout: rows that gave no token", "share of rows", 0),
+    "rollout/warm_up_seconds": ("Rollout: memory, first step and graphs made anew", "seconds", 0),
+    "rollout/mean_acceptance_length": ("Speculation: tokens of a completion", "per step", 0),
+    "rollout/draft_acceptance_rate": ("Speculation: right guesses", "share of guessed tokens", 0),
+    "rollout/graph_replays": ("Rollout: graphs replayed", "so far", 0),
+    "rollout/graph_captures": ("Rollout: graphs captured", "so far", 0),
+    "sampler_ratio_max": ("Sampler against trainer: largest ratio", "trainer over sampler", None),
+    "sampler_ess": ("Sampler against trainer: effective samples", "share of tokens", None),
+    "sampler_weight": ("Weight of the sampler correction", "mean", 0),
+    "ratio": ("Ratio of new and old probabilities", "mean of tokens", None),
+    "bad_samples": ("Bad samples", "so far", 0),
+    "eval/num_questions": ("Held-out questions", "answered", 0),
+    "eval/num_left_out": ("Held-out questions left out", "bad ones", 0),
+}
 _ASIDE = "time/step_seconds"  # the whole of which the other times are parts
 
 # title, unit, hint, {metric: label}, options
@@ -84,7 +103,7 @@ _FIXED: tuple[tuple[str, str, str, dict[str, str], dict[str, float]], ...] = (
         "",
         {
             "tokens_per_second": "completion tokens, whole update",
-            "rollout_tokens_per_second": "drawn, while sampling",
+            "rollout/tokens_per_second": "drawn, while sampling",
             "train_tokens_per_second": "forwarded, while training",
         },
         {"bottom": 0},
@@ -112,7 +131,12 @@ def other_charts(series: Mapping[str, Series], shown: Iterable[Chart]) -> list[C
         and not name.startswith((*prefixes, "rewards/"))
         and name not in ("epoch", "peak_memory_bytes")
     ]
-    return [Chart(name, "", [Line(name, series[name], 0)]) for name in rest[:MAX_OTHER_CHARTS]]
+    return [_alone(name, series[name]) for name in rest]
+
+
+def _alone(name: str, points: Series) -> Chart:
+    title, unit, bottom = metric_title(name)
+    return Chart(title, unit, [Line(name, points, 0)], bottom=bottom)
 
 
 def _chart(
@@ -204,7 +228,9 @@ def _memory(series: Mapping[str, Series]) -> Chart:
 
 
 def metric_title(name: str) -> tuple[str, str, float | None]:
-    """Title, unit and bottom of the axis of a metric that is drawn alone."""
+    """Title, unit and bottom of the axis of a metric that is drawn alone; its own name where none is known."""
+    if name in _ALONE:
+        return _ALONE[name]
     for title, unit, _, names, options in _FIXED:
         if name in names:
             alone = title if len(names) == 1 else f"{title}: {names[name]}"

@@ -14,7 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -115,11 +117,13 @@ class RunLogger:
 
     def log_rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Records completions with their question, rewards and advantage, one object per completion. Trackers get
-        those of updates with a row of metrics, which is logged before."""
+        those of updates with a row of metrics, which is logged before; TensorBoard of these the first group."""
         if self._progress is not None:
             for row in rows:
                 self._write(ROLLOUTS_FILE, {"step": step, **row})
             if rows and step == self._last_row:
+                if self._tensorboard is not None:
+                    self._tensorboard.add_text("completions", _first_group(rows), step)
                 for tracker in self._trackers:
                     tracker.log_rollouts(step, rows)
 
@@ -163,6 +167,15 @@ def read_rows(path: str | Path, *, key: str = "step", kind: type = int) -> list[
             raise RunLogError(f'{source}:{number} is not an object with "{key}", {kind.__name__}; repair or remove it')
         rows.append(row)
     return rows
+
+
+def _first_group(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The completions of one prompt as Markdown, which shows every text as it is: in lines that are indented."""
+    first = rows[0]
+    parts = [("Question", first["question"]), ("Solution", first["solution"])]
+    for row in takewhile(lambda row: row["sample_id"] == first["sample_id"], rows):
+        parts.append((f"Reward {row['reward']:g}, advantage {row['advantage']:+.3g}", row["completion"]))
+    return "\n\n".join(f"{title}\n\n{indent(text, '    ', lambda line: True)}" for title, text in parts)
 
 
 def _drop_rows_after(path: Path, step: int) -> int:

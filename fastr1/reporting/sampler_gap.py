@@ -1,8 +1,11 @@
 """How far the probabilities of the sampler are from those of the trainer, on the sampled tokens.
 
+Both are of the softmax of the whole vocabulary at the same temperature, so that what is left is rounding, or a sampler
+that computes another model. That top_k, top_p and min_p draw from a part of it is no part of the distance.
+
 With Δ = log p_trainer − log p_sampler of a token and w = exp(Δ): the mean of |Δ|; k3 = w − 1 − Δ, an estimate of
 KL(sampler ‖ trainer) that is never negative; the largest w; the effective sample size (Σw)² / (n·Σw²), 1 where both
-agree, which says what share of the samples importance weights would leave.
+agree, which says what share of the samples weights of w would leave.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ class SamplerGap:
         self._sums = TokenSums()
         self._largest = torch.full((), -torch.inf, dtype=torch.float64, device=device)
 
-    def add(self, trainer_logps: torch.Tensor, sampler_logps: torch.Tensor) -> None:
-        """Adds tokens; both (N,), N may be 0. Every rank calls it at least once."""
-        gap = trainer_logps.detach().double() - sampler_logps.double()
+    def add(self, trainer_logps: torch.Tensor, full_logps: torch.Tensor) -> None:
+        """Adds tokens; both (N,), of the whole vocabulary, N may be 0. Every rank calls it at least once."""
+        gap = trainer_logps.detach().double() - full_logps.double()
         ratio = gap.exp()
         count = torch.tensor(float(len(gap)), device=gap.device)
         parts = {"gap": gap.abs(), "k3": ratio - 1 - gap, "ratio": ratio, "squares": ratio.square()}

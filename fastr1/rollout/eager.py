@@ -18,7 +18,7 @@ from fastr1.models.positions import padded_positions
 from fastr1.rollout.noise import completion_keys
 from fastr1.rollout.params import SamplingParams, check_logps, check_request, find_stop
 from fastr1.schema import Rollout
-from fastr1_kernels import gumbel_noise
+from fastr1_kernels import SampledTokens, gumbel_noise
 from fastr1_kernels.reference_sampling import kept_columns
 
 
@@ -37,7 +37,8 @@ def sample_eagerly(
     """G completions for each prompt, rows in prompt-major order.
 
     Returns `sampler_logps` under the distribution that was sampled from (after temperature, top-k, top-p and min-p; the
-    plain softmax when greedy). A completion ends with any of the processor's end tokens, or with a stop string.
+    plain softmax when greedy), and `full_logps` under the softmax of the whole vocabulary at the same temperature. A
+    completion ends with any of the processor's end tokens, or with a stop string.
     """
     check_request(model, len(prompt_ids), num_generations, prompt_keys)
     embeds, prompt_mask = model.embed_prompts(prompt_ids, visual_tokens)
@@ -53,21 +54,19 @@ def sample_eagerly(
     shape = (len(row_keys), length)
     completion_ids = torch.full(shape, processor.pad_token_id, device=embeds.device)
     completion_mask = torch.zeros(shape, dtype=torch.bool, device=embeds.device)
-    logps = torch.zeros(shape, device=embeds.device)
+    logps, full_logps = torch.zeros(2, *shape, device=embeds.device)
     rows = torch.arange(len(row_keys), device=embeds.device)  # that are decoded; those that ended leave by halves
     has_ended = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(length):
-        logits = model.project(hidden)[:, -1].float().index_fill(-1, media, -math.inf)
-        token, logp = _draw(logits, params, row_keys, step)
+        token, logp, full_logp = _draw(model.project(hidden)[:, -1].float(), media, params, row_keys, step)
         token = torch.where(has_ended, processor.pad_token_id, token)
         completion_ids[rows, step] = token
         completion_mask[rows, step] = ~has_ended
         logps[rows, step] = torch.where(has_ended, 0.0, logp)
+        full_logps[rows, step] = torch.where(has_ended, 0.0, full_logp)
         has_ended = has_ended | torch.isin(token, end_ids)
         if params.stop_strings:
-            for row in (~has_ended).nonzero().flatten().tolist():
-                ids = completion_ids[rows[row], : step + 1].cpu()
-                has_ended[row] = find_stop(processor.raw_text, ids, step, params.stop_strings) is not None
+            has_ended |= _has_stop(processor, completion_ids[rows, : step + 1], ~has_ended, params.stop_strings)
         num_open = int((~has_ended).sum())
         if step + 1 == length or num_open == 0:
             break
@@ -77,25 +76,43 @@ def sample_eagerly(
             rows, row_keys, mask, token, has_ended = (x[kept] for x in (rows, row_keys, mask, token, has_ended))
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         hidden = model.extend(token[:, None], mask, cache, positions[..., rows, step : step + 1])
-    completion_ids, completion_mask, logps = (x[:, : step + 1] for x in (completion_ids, completion_mask, logps))
+    drawn = completion_ids, completion_mask, logps, full_logps
+    completion_ids, completion_mask, logps, full_logps = (x[:, : step + 1] for x in drawn)
     check_logps(logps)
     is_truncated = torch.zeros(shape[0], dtype=torch.bool, device=embeds.device)
     is_truncated[rows] = ~has_ended
     texts = [processor.decode(row[keep]) for row, keep in zip(completion_ids.cpu(), completion_mask.cpu(), strict=True)]
-    return Rollout(completion_ids, completion_mask, logps, is_truncated, texts)
+    return Rollout(completion_ids, completion_mask, logps, full_logps, is_truncated, texts)
+
+
+def _has_stop(
+    processor: Processor,
+    completion_ids: torch.Tensor,  # (R, n)
+    is_open: torch.Tensor,  # (R,) bool, none but these is looked at
+    stop_strings: Sequence[str],
+) -> torch.Tensor:
+    """(R,) bool, whether the last token completes one of `stop_strings`."""
+    found = torch.zeros_like(is_open)
+    for row in is_open.nonzero().flatten().tolist():
+        ids = completion_ids[row].cpu()
+        found[row] = find_stop(processor.raw_text, ids, len(ids) - 1, stop_strings) is not None
+    return found
 
 
 def _draw(
     logits: torch.Tensor,  # (R, V) fp32
+    media: torch.Tensor,  # (m,) ids that are never drawn
     params: SamplingParams,
     row_keys: torch.Tensor,  # (R,)
     position: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (R,) and their log-probabilities (R,) under the sampled distribution."""
+) -> SampledTokens:
+    """Token ids, and their log-probabilities under the sampled distribution and under that of the whole vocabulary."""
+    full, logits = logits / (params.temperature or 1), logits.index_fill(-1, media, -math.inf)
     if params.temperature == 0:
         token = logits.argmax(dim=-1)
     else:
         kept = kept_columns(logits, params.temperature, params.top_k, params.top_p, params.min_p)
         logits = torch.where(kept, logits / params.temperature, -math.inf)
         token = (logits + gumbel_noise(row_keys, torch.full_like(row_keys, position), logits.shape[-1])).argmax(dim=-1)
-    return token, logits.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0]
+    logp, full_logp = (x.log_softmax(dim=-1).gather(-1, token[:, None])[:, 0] for x in (logits, full))
+    return SampledTokens(token, logp, full_logp)

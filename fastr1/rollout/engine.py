@@ -13,6 +13,7 @@ On a GPU the host looks only every few steps at who has ended, and a step is a C
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +29,15 @@ from fastr1.models.packed_forward import forward_packed
 from fastr1.models.packed_layout import PackedLayout
 from fastr1.rollout.costs import RolloutCosts
 from fastr1.rollout.graphs import StepGraphs, bucket_of
-from fastr1.rollout.kv import KeyValueArenas, PrefixWriter
+from fastr1.rollout.kv import KeyValueArenas, PrefixWriter, Room
 from fastr1.rollout.memory import RolloutPlan, free_bytes
 from fastr1.rollout.noise import completion_keys
 from fastr1.rollout.params import SamplingParams, check_logps, check_request, find_stop
 from fastr1.rollout.rows import DecodingRows
 from fastr1.rollout.token_step import TokenStep
 from fastr1.schema import Rollout
+
+logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 16384  # prompts forwarded at a time hold no more, or are one
 STEPS_PER_LOOK = 16
@@ -135,22 +138,22 @@ class RolloutEngine:
         self.stack = describe_decoder(self.model.decoder)  # anew: a projection may have been wrapped since
         refuse_hooks(self.model.decoder)
         lengths = [len(rows) for rows in embeds]
-        size = (len(embeds), max(lengths), len(keys), self.params.max_completion_length)
-        if self._arenas is None or not self._arenas.holds(*size, embeds[0].dtype, embeds[0].device):
+        room = Room(len(embeds), max(lengths), len(keys), self.params.max_completion_length)
+        if self._arenas is None or not self._arenas.holds(room, embeds[0].dtype, embeds[0].device):
             with self.costs.warm_up():
-                self._make_arenas(size, num_generations, embeds[0])
+                self._make_arenas(room, embeds[0].dtype, embeds[0].device)
         assert self._arenas is not None
         assert self._rows is not None
-        num_positions = max(self._arenas.prompt_length, *first_positions) + self._arenas.completion_length
+        num_positions = max(self._arenas.room.prompt_length, *first_positions) + self._arenas.room.completion_length
         if self.token_step is None or len(self.token_step.cos) < num_positions:
             end_ids = torch.tensor(self.processor.end_token_ids, device=keys.device)
             allowed = self._allowed_ids()
             self.token_step = TokenStep(
-                self.stack, self.model, self._rows, self._arenas, self.params, num_positions, end_ids, allowed
+                self.stack, self.model, self._rows, self._arenas, num_positions, end_ids, allowed
             )
         self._rows.start(keys, lengths, first_positions, num_generations)
         known = self.token_step.addresses
-        self.token_step.refresh(self.stack, num_generations * self.rows_per_completion)
+        self.token_step.refresh(self.stack, self.params, num_generations * self.rows_per_completion)
         if self.graphs and (self.token_step.addresses != known or not self.stack.is_plain):
             self.graphs.clear()  # what they read has moved, or may compute something else now
         # ZeRO stage 3 gathers weights to other places every time: graphs of them would be captured to be used once.
@@ -164,32 +167,24 @@ class RolloutEngine:
                 self._warm_up(partial(self.token_step, self.num_rows))
             self._is_warm = True
 
-    def _make_arenas(self, size: tuple[int, int, int, int], num_generations: int, embeds: torch.Tensor) -> None:
-        """Room for B prompts of up to P tokens and for S completions of up to T, once it is sure that it is there."""
+    def _make_arenas(self, room: Room, dtype: torch.dtype, device: torch.device) -> None:
+        """Once it is sure that the room is there; for what the last ones held too, where all of it fits."""
+        last = None if self._arenas is None else self._arenas.room
         self.release()  # before there are others
-        num_prompts, prompt_length, num_completions, length = size
-        plan = RolloutPlan(
-            self.model.layout,
-            embeds.dtype,
-            num_prompts,
-            prompt_length,
-            num_generations,
-            length,
-            self.rows_per_completion,
+        free = free_bytes(device)
+        if last is not None:
+            logger.info("rollout: %s need more memory than was kept for %s; it is made anew", room, last)
+            room = room | last if self._plan(room | last, dtype).fits(free) else room
+        self._plan(room, dtype).check_fits(free)
+        self._arenas = KeyValueArenas(self.model.layout, room, dtype, device)
+        self._rows = DecodingRows(
+            room.num_completions, room.num_prompts, room.completion_length, device, self.rows_per_completion
         )
-        free = free_bytes(embeds.device)
-        if free is not None:
-            plan.check_fits(free)
-        self._arenas = KeyValueArenas(
-            self.model.layout,
-            num_prompts=num_prompts,
-            prompt_length=prompt_length,
-            num_completions=num_completions,
-            completion_length=length,
-            dtype=embeds.dtype,
-            device=embeds.device,
-        )
-        self._rows = DecodingRows(num_completions, num_prompts, length, embeds.device, self.rows_per_completion)
+
+    def _plan(self, room: Room, dtype: torch.dtype) -> RolloutPlan:
+        num_generations = -(-room.num_completions // room.num_prompts)
+        sizes = (room.num_prompts, room.prompt_length, num_generations, room.completion_length)
+        return RolloutPlan(self.model.layout, dtype, *sizes, self.rows_per_completion, self.stack.copied_bytes)
 
     def _allowed_ids(self) -> torch.Tensor | None:
         """(V,) bool, False for ids that stand for a video; None: there are none."""
@@ -304,13 +299,13 @@ class RolloutEngine:
         longest = int(lengths.max())
         mask = torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
         ids = self._rows.completion_ids[:n, :longest].masked_fill(~mask, self.processor.pad_token_id)
-        logps = self._rows.logps[:n, :longest].masked_fill(~mask, 0.0)
+        logps, full_logps = (x[:n, :longest].masked_fill(~mask, 0.0) for x in (self._rows.logps, self._rows.full_logps))
         check_logps(logps)
         is_truncated = torch.tensor([c.ended_by == "length" for c in self.completions], device=lengths.device)
         on_host = zip(ids.cpu(), lengths.tolist(), strict=True)
         texts = [self.processor.decode(row[:length]) for row, length in on_host]
         metrics = self.costs.metrics(self.model, int(lengths.sum()), self.graphs)
-        return Rollout(ids, mask, logps, is_truncated, texts, metrics)
+        return Rollout(ids, mask, logps, full_logps, is_truncated, texts, metrics)
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> list[slice]:

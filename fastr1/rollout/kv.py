@@ -11,6 +11,7 @@ per number: 2 · layers · Hkv · d · e · (B·P + S·T).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,48 +19,40 @@ import torch
 from fastr1.models.family import DecoderLayout
 
 
+@dataclass(frozen=True)
+class Room:
+    """For B prompts of up to P tokens and S completions of up to T."""
+
+    num_prompts: int
+    prompt_length: int
+    num_completions: int
+    completion_length: int
+
+    def __or__(self, other: Room) -> Room:
+        """Enough for both."""
+        return Room(*map(max, astuple(self), astuple(other)))
+
+    def __str__(self) -> str:
+        completions = f"{self.num_completions} completions of up to {self.completion_length}"
+        return f"{self.num_prompts} prompts of up to {self.prompt_length} tokens with {completions}"
+
+
 class KeyValueArenas:
-    """Room for B prompts of up to P tokens and S completions of up to T tokens.
+    """Keys and values of so many prompts and completions.
 
     Attributes: prefix_k, prefix_v, suffix_k, suffix_v, one tensor a layer.
     """
 
-    def __init__(
-        self,
-        layout: DecoderLayout,
-        *,
-        num_prompts: int,
-        prompt_length: int,
-        num_completions: int,
-        completion_length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.num_prompts, self.prompt_length = num_prompts, prompt_length
-        self.num_completions, self.completion_length = num_completions, completion_length
-        shape = (layout.num_layers, num_prompts, layout.num_kv_heads, prompt_length, layout.head_dim)
+    def __init__(self, layout: DecoderLayout, room: Room, dtype: torch.dtype, device: torch.device) -> None:
+        self.room, self.kind = room, (dtype, device)
+        shape = (layout.num_layers, room.num_prompts, layout.num_kv_heads, room.prompt_length, layout.head_dim)
         self.prefix_k, self.prefix_v = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
-        shape = (layout.num_layers, num_completions, layout.num_kv_heads, completion_length, layout.head_dim)
+        shape = (layout.num_layers, room.num_completions, layout.num_kv_heads, room.completion_length, layout.head_dim)
         self.suffix_k, self.suffix_v = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
 
-    def holds(
-        self,
-        num_prompts: int,
-        prompt_length: int,
-        num_completions: int,
-        completion_length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> bool:
+    def holds(self, room: Room, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether there is room for so much of this kind."""
-        arena = self.prefix_k[0]
-        return (
-            (arena.dtype, arena.device) == (dtype, device)
-            and num_prompts <= self.num_prompts
-            and prompt_length <= self.prompt_length
-            and num_completions <= self.num_completions
-            and completion_length <= self.completion_length
-        )
+        return self.kind == (dtype, device) and self.room | room == self.room
 
     def keep(self, rows: torch.Tensor, length: int) -> None:
         """Move rows of the suffix (rising numbers) to the front, as far as `length` tokens."""

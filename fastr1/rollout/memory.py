@@ -21,9 +21,11 @@ class RolloutMemoryError(ValueError):
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """Keys and values of B prompts of up to P tokens and of G completions each of up to T tokens, and a step's logits.
+    """Keys and values of B prompts of up to P tokens and of G completions each of up to T tokens, a step's logits, and
+    copies of weights.
 
-    Bytes: 2 · layers · Hkv · d · e · (B·P + B·G·T) + 8 · R·V, logits of R rows in float32 and once more in the draw.
+    Bytes: 2 · layers · Hkv · d · e · (B·P + B·G·T) + 8 · R·V, logits of R rows in float32 and once more in the draw,
+    and on a CPU the projections that are copied side by side.
     """
 
     layout: DecoderLayout
@@ -33,6 +35,7 @@ class RolloutPlan:
     num_generations: int
     completion_length: int
     rows_per_completion: int = 1  # at most, in a step
+    copied_bytes: int = 0  # of weights, `DecoderStack.copied_bytes`
 
     @property
     def token_bytes(self) -> int:
@@ -54,18 +57,24 @@ class RolloutPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.prefix_bytes + self.suffix_bytes + self.logits_bytes
+        return self.prefix_bytes + self.suffix_bytes + self.logits_bytes + self.copied_bytes
 
-    def check_fits(self, free_bytes: int) -> None:
+    def fits(self, free_bytes: int | None) -> bool:
+        """None: the system does not say what is free."""
+        return free_bytes is None or self.total_bytes <= free_bytes
+
+    def check_fits(self, free_bytes: int | None) -> None:
         """Raises RolloutMemoryError where more is needed than is free."""
-        if self.total_bytes <= free_bytes:
+        if free_bytes is None or self.fits(free_bytes):
             return
-        parts = ((self.prefix_bytes, "the prompts"), (self.suffix_bytes, "the completions"))
+        parts = [(self.prefix_bytes, "the prompts"), (self.suffix_bytes, "the completions")]
+        if self.copied_bytes:
+            parts.append((self.copied_bytes, "copies of weights"))
         held = ", ".join(f"{size / _GIB:.2f} GiB for {what}" for size, what in parts)
         raise RolloutMemoryError(
             f"a rollout of {self.num_prompts} prompts of up to {self.prompt_length} tokens, with "
             f"{self.num_generations} completions each of up to {self.completion_length}, needs "
-            f"{self.total_bytes / _GIB:.2f} GiB of keys, values and logits ({held}), and {free_bytes / _GIB:.2f} GiB "
+            f"{self.total_bytes / _GIB:.2f} GiB beside the model ({held}), and {free_bytes / _GIB:.2f} GiB "
             f"are free: {self._remedy(free_bytes)}"
         )
 

@@ -30,7 +30,7 @@ class DecodingRows:
         output_rows: (R,) int64, where a completion's tokens are kept; S in a row of padding.
         cu_rows: (B + 1,) int32, where the rows of each prompt begin.
         prefix_lengths: (B,) int32.
-        completion_ids, logps: (S + 1, T), by output row.
+        completion_ids, logps, full_logps: (S + 1, T), by output row; log-probabilities as of `sample_tokens`.
         lengths: (S + 1,) int64, tokens of each completion, its last included.
     """
 
@@ -51,7 +51,7 @@ class DecodingRows:
         self.cu_rows = torch.zeros(num_prompts + 1, dtype=torch.int32, device=device)
         self.prefix_lengths = torch.zeros(num_prompts, dtype=torch.int32, device=device)
         self.completion_ids = torch.zeros(num_completions + 1, completion_length, dtype=torch.int64, device=device)
-        self.logps = torch.zeros(num_completions + 1, completion_length, device=device)
+        self.logps, self.full_logps = torch.zeros(2, num_completions + 1, completion_length, device=device)
         self.lengths = torch.zeros(num_completions + 1, dtype=torch.int64, device=device)
 
     def start(
@@ -131,7 +131,7 @@ class DecodingRows:
         )
 
     def _all(self) -> tuple[torch.Tensor, ...]:
-        return (*self._states(), self.cu_rows, self.completion_ids, self.logps, self.lengths)
+        return (*self._states(), self.cu_rows, self.completion_ids, self.logps, self.full_logps, self.lengths)
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)

@@ -31,24 +31,23 @@ class TokenStep:
         model: Any,  # for `project` and `head`
         rows: DecodingRows,
         arenas: KeyValueArenas,
-        params: SamplingParams,
         num_positions: int,  # those of the tokens are below
         end_ids: torch.Tensor,
         allowed: torch.Tensor | None = None,  # (V,) bool; False: never drawn
     ) -> None:
-        self.model, self.rows, self.arenas, self.params = model, rows, arenas, params
+        self.model, self.rows, self.arenas = model, rows, arenas
         self.end_ids, self.allowed = end_ids, allowed
         self.addresses: tuple[int, ...] = ()
         self.cos, self.sin = stack.rotation(num_positions)
 
-    def refresh(self, stack: DecoderStack, max_group: int) -> None:
-        """Begin a rollout, of up to so many rows a prompt: weights and adapters may be others, the tensors of this step
-        stay where they are."""
-        self.stack, self.max_group = stack, max_group
+    def refresh(self, stack: DecoderStack, params: SamplingParams, max_group: int) -> None:
+        """Begin a rollout, of up to so many rows a prompt: weights, adapters and how tokens are drawn may be others,
+        the tensors of this step stay where they are."""
+        self.stack, self.params, self.max_group = stack, params, max_group
         own = (*self.model.head, self.cos, self.sin, self.end_ids, self.rows.tokens)
         self.addresses = tuple(x.data_ptr() for x in (*stack.parameters(), *own) if x is not None)
-        self.attention_inputs = [SideBySide(layer.q_proj, layer.k_proj, layer.v_proj) for layer in stack.layers]
-        self.mlp_inputs = [SideBySide(layer.gate_proj, layer.up_proj) for layer in stack.layers]
+        self.attention_inputs = [SideBySide(*layer.attention_inputs) for layer in stack.layers]
+        self.mlp_inputs = [SideBySide(*layer.mlp_inputs) for layer in stack.layers]
 
     def finish(self) -> None:
         """End a rollout: copies of weights are given up."""
@@ -61,9 +60,7 @@ class TokenStep:
     def key(self, num_rows: int) -> tuple[object, ...]:
         """Everything beside the rows' state that a step of so many rows depends on: numbers that shape or are given to
         launches, and where weights and arenas are."""
-        arenas = self.arenas
-        sizes = (arenas.num_prompts, arenas.prompt_length, arenas.num_completions, arenas.completion_length)
-        return (num_rows, *sizes, self.max_group, self.params, self.addresses)
+        return (num_rows, self.arenas.room, self.max_group, self.params, self.addresses)
 
     def hidden(self, num_rows: int) -> torch.Tensor:
         """States (R, D) behind the last tokens, after the last norm; their keys and values are in the arena."""
@@ -94,7 +91,7 @@ class TokenStep:
                 seen,
                 scale=layer.scale,
                 max_group=min(self.max_group, num_rows),
-                max_suffix_length=arenas.completion_length,
+                max_suffix_length=arenas.room.completion_length,
                 suffix_rows=suffix_rows,
             )
             normed, residual = _norm(layer.post_attention_norm, project(layer.o_proj, out.flatten(1)), residual)
@@ -105,7 +102,7 @@ class TokenStep:
         """Draw the next token of the first rows from their logits (R, V), and keep it."""
         rows, params, num_rows = self.rows, self.params, len(logits)
         drawn, has_ended = rows.num_drawn[:num_rows], rows.has_ended[:num_rows]
-        token, logp, _ = sample_tokens(
+        token, logp, full_logp = sample_tokens(
             logits,
             rows.keys[:num_rows],
             drawn,
@@ -119,6 +116,7 @@ class TokenStep:
         output_rows = rows.output_rows[:num_rows]
         rows.completion_ids.index_put_((output_rows, drawn), token)
         rows.logps.index_put_((output_rows, drawn), logp)
+        rows.full_logps.index_put_((output_rows, drawn), full_logp)
         rows.lengths.index_add_(0, output_rows, (~has_ended).long())
         rows.tokens[:num_rows] = token
         has_ended |= (token[:, None] == self.end_ids).any(dim=1)

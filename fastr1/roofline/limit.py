@@ -33,7 +33,7 @@ class StepLimit:
         mfu/train, mfu/step   FLOPs that the results need, over time × rate of matrix products; none counts twice for
                               being recomputed, and a prompt that is forwarded once counts once
         bandwidth/rollout     bytes of prefill and decode over time × rate of memory
-        rollout_tokens_per_second, train_tokens_per_second   completion tokens drawn; tokens forwarded in training
+        train_tokens_per_second   tokens forwarded in training
 
         A share that is not there was not timed. More than 1 says that the probe was disturbed, or that a small model
         stayed in the caches of a CPU, or that speculation drew several tokens of a completion in one step: decode is
@@ -57,7 +57,6 @@ class StepLimit:
         if taken := phases["rollout"]:
             moved = sum(float(cost.bytes.sum()) for cost in _costs_of("rollout", costs))
             metrics["bandwidth/rollout"] = moved / (taken * self.machine.bytes_per_second)
-            metrics["rollout_tokens_per_second"] = sum(sum(g.completion_lengths) for g in work.groups) / taken
         return metrics
 
 

@@ -303,7 +303,7 @@ class GRPOTrainer:
             places = micro_batch.places(batch.rollout.completion_ids.shape[1], out.logps.device)
             places = places[:0] if micro_batch.is_blank else places
             before = out.logps[: len(places)] if batch.old_logps is None else batch.old_logps[places]
-            gap.add(before, batch.rollout.sampler_logps.flatten()[places])
+            gap.add(before, batch.rollout.full_logps.flatten()[places])
             no_count = torch.zeros_like(out.loss)  # the parts of the loss add up; they are not averaged
             sums.add({**out.metrics, "loss": (out.loss * share, no_count)})
         visual.backward()

@@ -92,6 +92,7 @@ def _refill_rollout(first: Rollout, second: Rollout, rows: list[int], pad_token_
         completion_ids=join("completion_ids", pad_token_id),
         completion_mask=join("completion_mask", False),
         sampler_logps=join("sampler_logps", 0.0),
+        full_logps=join("full_logps", 0.0),
         is_truncated=torch.cat([first.is_truncated, second.is_truncated])[rows],
         texts=pick([*first.texts, *second.texts], rows),
     )

@@ -51,38 +51,10 @@ def decode_attention(
     Numerics: scores, softmax and sums are float32 (float64 for float64), probabilities in the dtype of the caches.
     Plain torch reads the lengths, which on a GPU (float64) waits for it.
     """
-    _require_inference(q, prefix_k, suffix_k)
-    if q.dim() != 3 or prefix_k.dim() != 4 or suffix_k.dim() != 4:
-        raise ValueError(
-            f"q {tuple(q.shape)}, prefix_k {tuple(prefix_k.shape)}, suffix_k {tuple(suffix_k.shape)}: "
-            "give (R, H, d), (B, Hkv, P, d) and (S, Hkv, T, d)"
-        )
-    (R, H, d), (B, Hkv, P, _), (S, _, T, _) = q.shape, prefix_k.shape, suffix_k.shape
-    if (S < R and suffix_rows is None) or Hkv == 0 or H % Hkv or d == 0:
-        raise ValueError(f"R={R}, H={H}, d={d}, Hkv={Hkv}, S={S}: S >= R, and H a multiple of Hkv, are needed")
-    if q.stride(2) != 1 or q.stride(1) != d:
-        raise ValueError(f"q has strides {q.stride()}: give (any, {d}, 1)")
-    for name, x, shape in (
-        ("prefix_k", prefix_k, (B, Hkv, P, d)),
-        ("prefix_v", prefix_v, (B, Hkv, P, d)),
-        ("suffix_k", suffix_k, (S, Hkv, T, d)),
-        ("suffix_v", suffix_v, (S, Hkv, T, d)),
-    ):
-        _require(name, x, shape, q.dtype, q.device)
-        if not x.is_contiguous():
-            raise ValueError(f"{name} has strides {x.stride()}: give a contiguous cache")
-    for name, x, n in (("prefix_lengths", prefix_lengths, B), ("cu_rows", cu_rows, B + 1)):
-        _require(name, x, (n,), torch.int32, q.device, True)
-    _require("suffix_lengths", suffix_lengths, (R,), torch.int32, q.device, True)
-    if suffix_rows is not None:
-        _require("suffix_rows", suffix_rows, (R,), torch.int32, q.device, True)
-    if not 0 <= max_suffix_length <= T or not 0 <= max_group <= max(R, 1):
-        raise ValueError(
-            f"max_suffix_length={max_suffix_length}, max_group={max_group}: at most T={T} and R={R} are possible"
-        )
     tensors = (q, prefix_k, prefix_v, prefix_lengths, cu_rows, suffix_k, suffix_v, suffix_lengths, suffix_rows)
+    _check_attention(*tensors, max_group, max_suffix_length)
     if uses_triton(q):
-        if d > (128 if q.dtype == torch.float32 else 256):
+        if (d := q.shape[2]) > (128 if q.dtype == torch.float32 else 256):
             raise ValueError(f"d={d} of {q.dtype} does not fit the registers of a GPU: at most 256, float32 128")
         from .gpu.attention import launch_attention  # triton exists on Linux only
 
@@ -120,33 +92,8 @@ def rope_and_store(
 
     Numerics: the norm in float32, rounded, times its weight, as transformers does it; RoPE is rounded once.
     """
-    _require_inference(q, k, v)
-    if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4 or cos.dim() != 2:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, k_cache {tuple(k_cache.shape)}, cos {tuple(cos.shape)}: "
-            "give (R, H, d), (R, Hkv, d), (S, Hkv, T, d) and (M, d)"
-        )
-    (R, H, d), Hkv, (S, _, T, _) = q.shape, k.shape[1], k_cache.shape
-    if (S < R and suffix_rows is None) or d % 2:
-        raise ValueError(f"R={R}, S={S}, d={d}: S >= R and an even d are needed")
-    for name, x, n in (("q", q, H), ("k", k, Hkv), ("v", v, Hkv)):
-        _require(name, x, (R, n, d), q.dtype, q.device)
-        if x.stride(2) != 1 or x.stride(1) != d:
-            raise ValueError(f"{name} has strides {x.stride()}: give (any, {d}, 1)")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _require(name, x, (S, Hkv, T, d), q.dtype, q.device, True)
-    for name, x in (("cos", cos), ("sin", sin)):
-        _require(name, x, (len(cos), d), cos.dtype, q.device, True)
-    _require("positions", positions, (R,), torch.int64, q.device, True)
-    _require("lengths", lengths, (R,), torch.int32, q.device, True)
-    if suffix_rows is not None:
-        _require("suffix_rows", suffix_rows, (R,), torch.int32, q.device, True)
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm: give both or none")
-    if q_norm is not None and k_norm is not None:
-        _require("q_norm", q_norm, (d,), q.dtype, q.device, True)
-        _require("k_norm", k_norm, (d,), q.dtype, q.device, True)
     tensors = (q, k, v, cos, sin, positions, k_cache, v_cache, lengths, suffix_rows, q_norm, k_norm)
+    _check_rotation(*tensors)
     if uses_triton(q):
         from .gpu.token_step import launch_rotate  # triton exists on Linux only
 
@@ -206,6 +153,92 @@ def swiglu(
 
         return launch_swiglu(gate, up)
     return torch_decoding.gated(gate, up)
+
+
+def _check_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_lengths: Tensor,
+    cu_rows: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: Tensor,
+    suffix_rows: Tensor | None,
+    max_group: int,
+    max_suffix_length: int,
+) -> None:
+    _require_inference(q, prefix_k, suffix_k)
+    if q.dim() != 3 or prefix_k.dim() != 4 or suffix_k.dim() != 4:
+        raise ValueError(
+            f"q {tuple(q.shape)}, prefix_k {tuple(prefix_k.shape)}, suffix_k {tuple(suffix_k.shape)}: "
+            "give (R, H, d), (B, Hkv, P, d) and (S, Hkv, T, d)"
+        )
+    (R, H, d), (B, Hkv, P, _), (S, _, T, _) = q.shape, prefix_k.shape, suffix_k.shape
+    if (S < R and suffix_rows is None) or Hkv == 0 or H % Hkv or d == 0:
+        raise ValueError(f"R={R}, H={H}, d={d}, Hkv={Hkv}, S={S}: S >= R, and H a multiple of Hkv, are needed")
+    if q.stride(2) != 1 or q.stride(1) != d:
+        raise ValueError(f"q has strides {q.stride()}: give (any, {d}, 1)")
+    for name, x, shape in (
+        ("prefix_k", prefix_k, (B, Hkv, P, d)),
+        ("prefix_v", prefix_v, (B, Hkv, P, d)),
+        ("suffix_k", suffix_k, (S, Hkv, T, d)),
+        ("suffix_v", suffix_v, (S, Hkv, T, d)),
+    ):
+        _require(name, x, shape, q.dtype, q.device)
+        if not x.is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()}: give a contiguous cache")
+    for name, x, n in (("prefix_lengths", prefix_lengths, B), ("cu_rows", cu_rows, B + 1)):
+        _require(name, x, (n,), torch.int32, q.device, True)
+    _require("suffix_lengths", suffix_lengths, (R,), torch.int32, q.device, True)
+    if suffix_rows is not None:
+        _require("suffix_rows", suffix_rows, (R,), torch.int32, q.device, True)
+    if not 0 <= max_suffix_length <= T or not 0 <= max_group <= max(R, 1):
+        raise ValueError(
+            f"max_suffix_length={max_suffix_length}, max_group={max_group}: at most T={T} and R={R} are possible"
+        )
+
+
+def _check_rotation(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    suffix_rows: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    _require_inference(q, k, v)
+    if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4 or cos.dim() != 2:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, k_cache {tuple(k_cache.shape)}, cos {tuple(cos.shape)}: "
+            "give (R, H, d), (R, Hkv, d), (S, Hkv, T, d) and (M, d)"
+        )
+    (R, H, d), Hkv, (S, _, T, _) = q.shape, k.shape[1], k_cache.shape
+    if (S < R and suffix_rows is None) or d % 2:
+        raise ValueError(f"R={R}, S={S}, d={d}: S >= R and an even d are needed")
+    for name, x, n in (("q", q, H), ("k", k, Hkv), ("v", v, Hkv)):
+        _require(name, x, (R, n, d), q.dtype, q.device)
+        if x.stride(2) != 1 or x.stride(1) != d:
+            raise ValueError(f"{name} has strides {x.stride()}: give (any, {d}, 1)")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _require(name, x, (S, Hkv, T, d), q.dtype, q.device, True)
+    for name, x in (("cos", cos), ("sin", sin)):
+        _require(name, x, (len(cos), d), cos.dtype, q.device, True)
+    _require("positions", positions, (R,), torch.int64, q.device, True)
+    _require("lengths", lengths, (R,), torch.int32, q.device, True)
+    if suffix_rows is not None:
+        _require("suffix_rows", suffix_rows, (R,), torch.int32, q.device, True)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm: give both or none")
+    if q_norm is not None and k_norm is not None:
+        _require("q_norm", q_norm, (d,), q.dtype, q.device, True)
+        _require("k_norm", k_norm, (d,), q.dtype, q.device, True)
 
 
 def _require_inference(x: Tensor, y: Tensor, z: Tensor) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import write_run
+from decoder_toys import build_text_model
+from run_folders import metrics_row, write_lines, write_run
 
 from fastr1.reporting.charts import (
     BOTTOM,
@@ -24,7 +25,10 @@ from fastr1.reporting.charts import (
     layout,
 )
 from fastr1.reporting.read_run import read_run
+from fastr1.reporting.rollout_picks import Picks
 from fastr1.reporting.run_charts import other_charts, run_charts
+from fastr1.rollout.costs import RolloutCosts
+from fastr1.rollout.graphs import StepGraphs
 
 
 def line(values: list[float], **options: object) -> Line:
@@ -139,6 +143,38 @@ def test_every_metric_is_in_a_chart(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path))
     charts = run_charts(run.series, run.picks, {})
     assert [chart.title for chart in other_charts(run.series, charts)] == ["my_own_number"]
+
+
+def test_metrics_of_a_rollout_have_a_title() -> None:
+    """All that there are: with steps, with guesses and with graphs."""
+    costs = RolloutCosts()
+    costs.prefill_seconds = costs.decode_seconds = 1.0
+    costs.add_step(1, 1)
+    costs.add_guess(1, 1)
+    names = [f"rollout/{name}" for name in costs.metrics(build_text_model("llama"), 1, StepGraphs(lambda *_: None))]
+    assert len(names) > 9
+    series = {name: (np.array([1]), np.array([1.0])) for name in (*names, "rollout/unheard_of")}
+    charts = run_charts(series, Picks(), {})
+    (speed,) = (chart for chart in charts if chart.title == "Tokens per second")
+    assert [line.label for line in speed.lines] == ["drawn, while sampling"]
+    others = other_charts(series, charts)
+    assert len(others) == len(names)  # one is drawn above
+    assert [chart.title for chart in others if "_" in chart.title or "/" in chart.title] == ["rollout/unheard_of"]
+    assert all(chart.unit and chart.bottom == 0 for chart in others if chart.title != "rollout/unheard_of")
+
+
+def test_the_speed_of_a_rollout_under_its_earlier_name(tmp_path: Path) -> None:
+    """A run of an earlier version has it twice, one without an engine only so."""
+    old = {"rollout_tokens_per_second": 8.0, "rollout/tokens_per_second": 9.0}
+    for given, shown in ((old, 9.0), ({"rollout_tokens_per_second": 8.0}, 8.0)):
+        folder = write_run(tmp_path / str(shown))
+        write_lines(folder / "metrics.jsonl", [metrics_row(step, **given) for step in (1, 2)])
+        run = read_run(folder)
+        charts = run_charts(run.series, run.picks, {})
+        (speed,) = (chart for chart in charts if chart.title == "Tokens per second")
+        drawn = {line.label: line.points[1].tolist() for line in speed.lines}
+        assert drawn == {"completion tokens, whole update": [100.0] * 2, "drawn, while sampling": [shown] * 2}
+        assert [chart.title for chart in other_charts(run.series, charts)] == ["my_own_number"]
 
 
 def test_a_single_reward_function_is_drawn_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from run_folders import answer, metrics_row, write_evaluation, write_lines, writ
 from test_page import text_of
 
 from fastr1 import cli
-from fastr1.reporting.compare import build_comparison, compare_charts, group_runs, merge, write_comparison
+from fastr1.reporting.compare import MAX_CHARTS, build_comparison, compare_charts, group_runs, merge, write_comparison
 from fastr1.reporting.held_out import rate, sign_test
 from fastr1.reporting.read_run import read_run
 from fastr1.reporting.run_log import RunLogError
@@ -127,10 +127,22 @@ def test_a_run_that_lacks_a_number_has_none_and_a_note_is_told(tmp_path: Path) -
     assert "b: metrics.jsonl ends in a line cut short" in text
 
 
+def test_metrics_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
+    known = len(metrics_row(1)) - 1
+    for number in (MAX_CHARTS - known, MAX_CHARTS - known + 3):
+        more = {f"metric_{i}": 1.0 for i in range(number)}
+        write_lines(runs[0] / "metrics.jsonl", [metrics_row(1, **more)])
+        write_lines(runs[1] / "metrics.jsonl", [metrics_row(1)])
+        text = text_of(build_comparison([read_run(run) for run in runs]))
+        note = "3 metrics are left out to keep the page small; metrics.jsonl of the runs has them."
+        assert (note in text) == (number > MAX_CHARTS - known)
+
+
 def test_compare_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(run_of(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "b"))]
     target = tmp_path / "new" / "both.html"
-    assert cli.main(["compare", *folders, "--out", str(target)]) == 0
+    assert cli.main(["compare", *folders, "--output", str(target)]) == 0
     assert capsys.readouterr().out == f"{target}\n"
     assert "Runs beside each other" in target.read_text()
 

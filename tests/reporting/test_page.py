@@ -35,7 +35,16 @@ from fastr1.reporting import browser, page
 from fastr1.reporting.browser import split_completion
 from fastr1.reporting.charts import MAX_LINES
 from fastr1.reporting.held_out import MAX_KINDS
-from fastr1.reporting.page import MAX_BYTES, MAX_NOTES, build_page, facts, headline, training_seconds, write_page
+from fastr1.reporting.page import (
+    MAX_BYTES,
+    MAX_NOTES,
+    MAX_OTHER_CHARTS,
+    build_page,
+    facts,
+    headline,
+    training_seconds,
+    write_page,
+)
 from fastr1.reporting.read_run import MAX_CHARS, read_run
 from fastr1.reporting.settings import beside_defaults
 
@@ -66,6 +75,19 @@ def test_headline_has_the_number_with_its_conditions(tmp_path: Path) -> None:
     assert "Mine" in text
     assert "seed 5 updates 20 of 20 training time 80 s hardware CPU, 2 cores torch 2.13" in text
     assert "model models/toy" in text
+
+
+def test_metrics_beyond_the_charts_of_a_page_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for number, summary in ((MAX_OTHER_CHARTS, "40 further metrics"), (MAX_OTHER_CHARTS + 102, "40 of 142 further")):
+        others = {f"metric_{i:03}": 1.0 for i in range(number - 1)}  # and my_own_number
+        write_lines(run / "metrics.jsonl", [metrics_row(1, **others)])
+        text = text_of(build_page(read_run(run)))
+        assert summary in text
+        left_out = "102 are left out to keep the page small, metrics.jsonl has them: metric_040, metric_041, "
+        assert (left_out in text) == (number > MAX_OTHER_CHARTS)
+    assert "metric_139, …" in text
+    assert "metric_140" not in text
 
 
 def test_hardware_is_what_the_training_wrote_down(tmp_path: Path) -> None:
@@ -397,8 +419,8 @@ def test_report_command_names_a_place_where_it_cannot_write(tmp_path: Path, caps
     assert png.startswith(f"no x.png: {target.with_suffix('.png')} cannot be written (")
     assert html_.startswith(f"error: {target} cannot be written (")
     assert html_.endswith("choose another place with --output")
-    assert cli.main(["compare", str(run), "--out", str(tmp_path)]) == 2
-    assert "choose another place with --out\n" in capsys.readouterr().err
+    assert cli.main(["compare", str(run), "--output", str(tmp_path)]) == 2
+    assert "choose another place with --output\n" in capsys.readouterr().err
 
 
 def test_report_command_draws_names_that_look_like_formulas(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_folders import rollout_row
 
 from fastr1.config import ConfigError
 from fastr1.reporting.run_log import RunLogError, RunLogger, read_rows
@@ -149,6 +150,28 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     events.Reload()
     found = [(event.step, round(event.value, 3)) for event in events.Scalars("rewards/accuracy")]
     assert found == [(1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2), (5, 5.2)]
+
+
+def test_tensorboard_has_the_first_group_of_an_update_with_numbers_as_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = {"completion": "<b>\n\n# one | two\n", "question": "Which?\nA. this"}
+    rows = [{**rollout_row(2, prompt, place), **said} for prompt in range(2) for place in range(2)]
+    logger = make_logger(tmp_path, report_to=("tensorboard",))
+    logger.log_rollouts(1, rows)  # run.logging_steps=2: no row of metrics
+    logger.log(2, {"reward": 0.5})
+    logger.log_rollouts(2, rows)
+    logger.log_rollouts(2, [])  # of supervised fine-tuning
+    logger.close()
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("completions/text_summary")
+    assert event.step == 2
+    # Lines that are indented are shown as they are.
+    completion = "\n\n    <b>\n    \n    # one | two\n"
+    assert event.tensor_proto.string_val[0].decode() == (
+        f"Question\n\n    Which?\n    A. this\n\nSolution\n\n    {rows[0]['solution']}"
+        f"\n\nReward {rows[0]['reward']:g}, advantage +{rows[0]['advantage']:g}{completion}"
+        f"\n\nReward {rows[1]['reward']:g}, advantage {rows[1]['advantage']:g}{completion}"
+    )
 
 
 def test_plain_progress_is_a_few_lines_with_the_rest_of_the_run(tmp_path: Path) -> None:

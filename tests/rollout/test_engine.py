@@ -1,4 +1,4 @@
-"""The engine's own parts: closing up, graphs replayed with padding, the memory plan, what it reports."""
+"""The engine's own parts: closing up, graphs replayed with padding, what it reports."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import pytest
 import torch
 from trainer_toys import INSTRUCTION, build_model, build_tokenizer, problem
 
-from fastr1.models.family import DecoderLayout
 from fastr1.models.tinyllava import TinyLlavaProcessor, TinyLlavaVideo
 from fastr1.models.tinyllava.prompts import build_prompt, tokenize_with_image
-from fastr1.rollout import RolloutEngine, SamplingParams, engine, memory, token_step
+from fastr1.rollout import RolloutEngine, SamplingParams, engine, token_step
 from fastr1.rollout.eager import sample_eagerly
 from fastr1.rollout.graphs import BUCKETS, StepGraphs, bucket_of
-from fastr1.rollout.memory import RolloutMemoryError, RolloutPlan
 from fastr1.schema import Rollout
 
 PARAMS = SamplingParams(12)
@@ -243,7 +241,7 @@ def test_warm_up_leaves_no_trace(toy) -> None:
     sampler.sample(prompts, tokens, num_generations=2)
     rows, arenas = sampler._rows, sampler._arenas
     before = [x.clone() for x in (*rows.snapshot(), *arenas.suffix_k, *arenas.suffix_v)]
-    sampler.token_step.refresh(sampler.stack, 2)
+    sampler.token_step.refresh(sampler.stack, PARAMS, 2)
     sampler._warm_up(lambda: sampler.token_step(8))
     for old, new in zip(before, (*rows.snapshot(), *arenas.suffix_k, *arenas.suffix_v), strict=True):
         assert torch.equal(old, new)
@@ -269,65 +267,7 @@ def test_arenas_are_kept_or_freed(toy) -> None:
     assert_same(freeing.sample(prompts, tokens), first)
 
 
-# Memory
-
-LAYOUT = DecoderLayout(36, 2048, 11008, 16, 2, 128, 151_936, True)
-
-
-def test_plan_of_the_3b_model() -> None:
-    """64 prompts of 612 tokens with 8 completions of up to 512: 36,864 bytes a token."""
-    plan = RolloutPlan(LAYOUT, torch.bfloat16, 64, 612, 8, 512)
-    assert plan.token_bytes == 36_864
-    assert plan.prefix_bytes == 64 * 612 * 36_864
-    assert plan.suffix_bytes == 64 * 8 * 512 * 36_864
-    assert plan.logits_bytes == 64 * 8 * 151_936 * 8
-    plan.check_fits(plan.total_bytes)
-
-
-def test_what_cannot_fit_says_what_to_lower_and_to_what() -> None:
-    plan = RolloutPlan(LAYOUT, torch.bfloat16, 64, 612, 8, 512)
-    free = plan.total_bytes // 2
-    with pytest.raises(RolloutMemoryError, match="64 prompts of up to 612 tokens") as caught:
-        plan.check_fits(free)
-    words = str(caught.value).replace(",", "").split()
-    for setting, field in (
-        ("optim.per_device_train_batch_size", "num_prompts"),
-        ("grpo.max_completion_length", "completion_length"),
-        ("grpo.num_generations", "num_generations"),
-    ):
-        value = int(words[words.index(setting) + 2])
-        replace(plan, **{field: value}).check_fits(free)
-        with pytest.raises(RolloutMemoryError):
-            replace(plan, **{field: value + 1}).check_fits(free)
-    with pytest.raises(RolloutMemoryError, match="one prompt alone"):
-        plan.check_fits(1000)
-
-
-def test_plan_counts_the_rows_of_guesses() -> None:
-    """No more rows than a step may have; fewer guesses are what to lower first."""
-    plan = RolloutPlan(LAYOUT, torch.bfloat16, 4, 612, 8, 512, rows_per_completion=9)
-    assert plan.logits_bytes == 9 * 32 * 151_936 * 8
-    assert replace(plan, num_prompts=16).logits_bytes == 512 * 151_936 * 8
-    assert replace(plan, num_prompts=80).logits_bytes == 640 * 151_936 * 8
-    free = replace(plan, rows_per_completion=6).total_bytes
-    with pytest.raises(RolloutMemoryError, match=r"lower rollout\.num_speculative_tokens to 5 or less, or optim"):
-        plan.check_fits(free)
-    with pytest.raises(RolloutMemoryError) as caught:
-        replace(plan, rows_per_completion=1).check_fits(plan.total_bytes // 20)
-    assert "speculative" not in str(caught.value)
-
-
-def test_engine_refuses_before_it_allocates(toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor, prompts, tokens = toy
-    monkeypatch.setattr(engine, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(engine, "KeyValueArenas", None)
-    with pytest.raises(RolloutMemoryError, match="are free"):
-        RolloutEngine(model, processor, PARAMS).sample(prompts, tokens)
-
-
-def test_free_bytes_of_this_machine() -> None:
-    free = memory.free_bytes(torch.device("cpu"))
-    assert free is None or 2**20 < free < 2**50
+# What it reports
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tokenizers import decoders
 
 from fastr1.rollout import RolloutEngine, SamplingParams
 from fastr1.rollout.eager import sample_eagerly
+from fastr1.rollout.graphs import StepGraphs
 from fastr1.rollout.params import find_stop
 from fastr1.schema import Rollout
 from fastr1_kernels import selective_log_softmax
@@ -44,6 +45,7 @@ def assert_same(got: Rollout, want: Rollout) -> None:
     assert got.texts == want.texts
     assert torch.equal(got.is_truncated, want.is_truncated)
     torch.testing.assert_close(got.sampler_logps, want.sampler_logps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got.full_logps, want.full_logps, atol=1e-4, rtol=0)
 
 
 def sample_both(
@@ -167,6 +169,30 @@ def test_other_lengths_of_completions_follow_each_other(model: TextModel) -> Non
     for length in (4, 24, 1, 16):
         engine.params = params_of(length)
         assert_same(sample(engine), sample(RolloutEngine(model, PROCESSOR, params_of(length))))
+
+
+class Captured:
+    """Stands for a CUDA graph: draws as it did when it was captured."""
+
+    def __init__(self, step: Any, neighbour: Any) -> None:
+        self.step, self.params = step, step.func.params
+
+    def replay(self) -> None:
+        self.step.func.params = self.params
+        self.step()
+
+
+@pytest.mark.parametrize("graphs", [None, StepGraphs(Captured)])
+def test_other_ways_to_draw_follow_each_other(model: TextModel, graphs: StepGraphs | None) -> None:
+    engine = RolloutEngine(model, PROCESSOR, params_of(16), graphs=graphs)
+    drawn = []
+    for changes in ({}, {"temperature": 0.0}, {"top_k": 2}, {"temperature": 3.0}, {}):
+        engine.params = params_of(16, **changes)
+        rollout = sample(engine)
+        assert_same(rollout, sample(RolloutEngine(model, PROCESSOR, params_of(16, **changes))))
+        drawn.append(all_kept(rollout))
+    assert drawn[0] == drawn[-1]
+    assert len({str(tokens) for tokens in drawn}) == 4
 
 
 def test_room_is_given_back_where_it_is_not_kept(model: TextModel, together: list[list[int]]) -> None:

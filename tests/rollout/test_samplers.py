@@ -205,20 +205,27 @@ def test_top_k_and_top_p_restrict_the_draws(model, processor, prompts, videos) -
         restricted = logits[allowed].log_softmax(-1)
         position = (drawn[:, None] == allowed).int().argmax(dim=1)
         torch.testing.assert_close(rollout.sampler_logps[:, 0], restricted[position], atol=1e-5, rtol=0)
+        torch.testing.assert_close(rollout.full_logps[:, 0], logits.log_softmax(-1)[drawn], atol=1e-5, rtol=0)
 
 
 # What comes back with the tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampler_logps_equal_those_of_the_training_forward(model, processor, prompts, videos, temperature) -> None:
-    rollout = draw(model, processor, prompts, videos, params={"temperature": temperature}, num_generations=3)
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_logps_equal_those_of_the_training_forward(model, processor, prompts, videos, temperature, top_k) -> None:
+    params = {"temperature": temperature, "top_k": top_k}
+    rollout = draw(model, processor, prompts, videos, params=params, num_generations=3)
     with torch.no_grad():
         logits = packed_logits(model, prompts, videos, rollout.completion_ids, rollout.completion_mask)
     logps = selective_log_softmax(logits, rollout.completion_ids, temperature=temperature)
     mask = rollout.completion_mask
-    torch.testing.assert_close(rollout.sampler_logps[mask], logps[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(rollout.full_logps[mask], logps[mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(rollout.sampler_logps[mask] > logps[mask] + 1e-2, torch.full_like(mask[mask], top_k > 0))
+    if not top_k:
+        torch.testing.assert_close(rollout.sampler_logps, rollout.full_logps, atol=1e-5, rtol=0)
     assert (rollout.sampler_logps[~mask] == 0).all()
+    assert (rollout.full_logps[~mask] == 0).all()
 
 
 def test_mask_stops_at_the_first_end_of_sequence(model, processor, prompts, videos) -> None:

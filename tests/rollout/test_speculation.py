@@ -77,6 +77,7 @@ def assert_same(got: Rollout, want: Rollout) -> None:
     assert got.is_truncated.tolist() == want.is_truncated.tolist()
     assert got.texts == want.texts
     torch.testing.assert_close(got.sampler_logps, want.sampler_logps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got.full_logps, want.full_logps, atol=1e-4, rtol=0)
 
 
 # The same completions

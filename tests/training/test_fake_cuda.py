@@ -207,7 +207,8 @@ def batch_of(run: Any, visual: VisualTokens) -> Batch:
     rows, length = NUM_PROMPTS * GROUP, 5
     mask = torch.ones(rows, length, dtype=torch.bool, device=run.device)
     ids = torch.zeros(rows, length, dtype=torch.long, device=run.device)
-    rollout = Rollout(ids, mask, torch.zeros(rows, length, device=run.device), mask[:, 0], [""] * rows)
+    logps = torch.zeros(rows, length, device=run.device)
+    rollout = Rollout(ids, mask, logps, logps, mask[:, 0], [""] * rows)
     prompts = [ids.to(run.device) for ids in run.prompts]
     counted = [True] * GROUP + [False] * (rows - GROUP)
     return Batch(
@@ -259,8 +260,10 @@ def test_a_draw(fake_run: Any, temperature: float) -> None:
         _, hidden = model.prefill(embeds, mask, GROUP)
         keys = completion_keys(0, range(NUM_PROMPTS), GROUP).to(fake_run.device)
         logits = model.project(hidden)[:, -1].float()
-        token, logp = eager._draw(logits, params, keys, 0)
-    assert (token.device, logp.device, logp.dtype) == (fake_run.device, fake_run.device, torch.float32)
+        media = torch.tensor([1], device=fake_run.device)
+        token, *logps = eager._draw(logits, media, params, keys, 0)
+    assert token.device == fake_run.device
+    assert [(x.device, x.dtype) for x in logps] == [(fake_run.device, torch.float32)] * 2
 
 
 def test_frames_and_controls_stay_on_their_device(fake_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

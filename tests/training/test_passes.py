@@ -70,6 +70,7 @@ def make_batch(model: VideoLanguageModel, processor: Processor, groups: list[lis
         torch.randint(3, 250, shape, generator=generator),
         mask,
         -torch.rand(shape, generator=generator).double().masked_fill(~mask, 0.0),
+        torch.zeros(shape),
         torch.zeros(len(lengths), dtype=torch.bool),
         [""] * len(lengths),
     )
