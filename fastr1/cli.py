@@ -19,7 +19,16 @@ from functools import partial
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import ConfigError, DataConfig, RunConfig, TrainConfig, config_to_dict, find_config, load_config
+from fastr1.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    TrainConfig,
+    config_to_dict,
+    find_config,
+    find_shipped,
+    load_config,
+)
 from fastr1.evaluation.arguments import (
     add_chat_arguments,
     add_eval_arguments,
@@ -290,7 +299,7 @@ def _chat(args: argparse.Namespace) -> int:
     from fastr1.evaluation.chat import chat
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    answer = chat(args.model, args.video, args.question.replace("\\n", "\n"), **how_to_ask(args))
+    answer = chat(find_shipped(args.model), args.video, args.question.replace("\\n", "\n"), **how_to_ask(args))
     print(answer.format())
     if answer.is_truncated:
         print(f"cut off at --max-completion-length {args.max_completion_length}", file=sys.stderr)

@@ -16,12 +16,13 @@ from fastr1.config import (
     ModelConfig,
     Policy,
     RunConfig,
+    find_shipped,
 )
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """What `evaluate_checkpoint` takes."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, such as final/ of a run")
     parser.add_argument("--data-file", required=True, metavar="FILE", help="annotation file (JSONL)")
     parser.add_argument("--video-root", required=True, metavar="DIR", help="folder the video paths are relative to")
     _add_how_to_ask(parser)
@@ -94,7 +95,7 @@ def what_to_ask(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `evaluate_checkpoint`, by their names there."""
     names = ["data_file", "video_root", "batch_size", "limit", "control", "policy", "max_bad_fraction"]
     own = {name: getattr(args, name) for name in [*names, "num_processes", "output"]}
-    return {"model_path": args.model, **own, **how_to_ask(args)}
+    return {"model_path": find_shipped(args.model), **own, **how_to_ask(args)}
 
 
 def how_to_ask(args: argparse.Namespace) -> dict[str, Any]:
