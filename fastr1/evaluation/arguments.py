@@ -83,7 +83,7 @@ def _add_how_to_ask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the sampling (default: %(default)s)")
     dtype = ModelConfig.dtype
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default=dtype, help="auto: bfloat16 on a GPU, float32 on a CPU"
@@ -141,7 +141,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)

@@ -360,6 +360,12 @@ def test_option_letters(problem: str, letters: str) -> None:
     assert option_letters(problem) == letters
 
 
+def test_a_file_of_bad_rows_alone_is_not_sent_to_the_bound(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, grpo_row(solution="C"), grpo_row(solution="D"))
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used \(.*\); repair the rows$"):
+        load_questions(path, tmp_path, policy="skip", max_bad_fraction=1.0, check_files=False)
+
+
 def test_the_documented_files_are_read(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
     questions, conversations = re.findall(r"^```json\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
