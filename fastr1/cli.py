@@ -19,7 +19,16 @@ from functools import partial
 from pathlib import Path
 
 from fastr1 import __version__
-from fastr1.config import ConfigError, DataConfig, RunConfig, TrainConfig, config_to_dict, find_config, load_config
+from fastr1.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    TrainConfig,
+    config_to_dict,
+    find_config,
+    find_shipped,
+    load_config,
+)
 from fastr1.evaluation.arguments import (
     add_chat_arguments,
     add_eval_arguments,
@@ -27,6 +36,7 @@ from fastr1.evaluation.arguments import (
     not_negative,
     positive,
     what_to_ask,
+    whole,
 )
 from fastr1.reporting.arguments import add_compare_arguments, add_report_arguments, compare, report
 
@@ -223,12 +233,12 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     data.add_argument("--output-dir", default="runs/demo/data", metavar="DIR", help="default: %(default)s")
     data.add_argument("--num-train", type=positive, default=1200, help="training questions (default: %(default)s)")
     data.add_argument("--num-test", type=positive, default=150, help="held-out questions (default: %(default)s)")
-    data.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    data.add_argument("--seed", type=whole, default=0, help="default: %(default)s")
     demo = _add(
         commands, "demo", _demo, "the whole pipeline on generated clips, on a CPU or a GPU", "--output-dir runs/demo"
     )
     demo.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: %(default)s")
-    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--seed", type=whole, default=0, help="default: %(default)s")
     demo.add_argument("--quick", action="store_true", help="few clips and updates: does every phase work here?")
 
 
@@ -290,7 +300,7 @@ def _chat(args: argparse.Namespace) -> int:
     from fastr1.evaluation.chat import chat
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    answer = chat(args.model, args.video, args.question.replace("\\n", "\n"), **how_to_ask(args))
+    answer = chat(find_shipped(args.model), args.video, args.question.replace("\\n", "\n"), **how_to_ask(args))
     print(answer.format())
     if answer.is_truncated:
         print(f"cut off at --max-completion-length {args.max_completion_length}", file=sys.stderr)

@@ -112,6 +112,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["chat", "m", "v", "q", "--top-p", "0"],
         ["chat", "m", "v", "q", "--top-p", "1.1"],
         ["chat", "m", "v", "q", "--seed", "-1"],
+        ["demo-data", "--seed", "-1"],
+        ["demo", "--seed", "-1"],
         ["chat", "m", "v", "q", "--dtype", "float16"],
         ["chat", "m", "v", "q", "--backend", "decord"],
         ["chat", "m", "v", "q", "--max-frames", "0"],

@@ -196,7 +196,10 @@ def _check_bound(loaded: LoadedSamples[Any], max_bad_fraction: float) -> None:
 def _too_many(num_rows: int, max_bad_fraction: float, bad_rows: list[BadRow]) -> str:
     listed = "; ".join(f"{row.origin}: {row.reason}" for row in bad_rows[:_NUM_LISTED])
     more = f"; and {len(bad_rows) - _NUM_LISTED} more" if len(bad_rows) > _NUM_LISTED else ""
+    found = f"{len(bad_rows)} of {num_rows} rows cannot be used"
+    if len(bad_rows) == num_rows:
+        return f"{found} ({listed}{more}); repair the rows"
     return (
-        f"{len(bad_rows)} of {num_rows} rows cannot be used, data.max_bad_fraction allows {max_bad_fraction:g} "
-        f"({listed}{more}); repair the rows or raise data.max_bad_fraction"
+        f"{found}, data.max_bad_fraction allows {max_bad_fraction:g} ({listed}{more}); repair the rows or raise "
+        "data.max_bad_fraction"
     )

@@ -16,12 +16,13 @@ from fastr1.config import (
     ModelConfig,
     Policy,
     RunConfig,
+    find_shipped,
 )
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """What `evaluate_checkpoint` takes."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, such as final/ of a run")
     parser.add_argument("--data-file", required=True, metavar="FILE", help="annotation file (JSONL)")
     parser.add_argument("--video-root", required=True, metavar="DIR", help="folder the video paths are relative to")
     _add_how_to_ask(parser)
@@ -82,7 +83,7 @@ def _add_how_to_ask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the sampling (default: %(default)s)")
     dtype = ModelConfig.dtype
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default=dtype, help="auto: bfloat16 on a GPU, float32 on a CPU"
@@ -94,7 +95,7 @@ def what_to_ask(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `evaluate_checkpoint`, by their names there."""
     names = ["data_file", "video_root", "batch_size", "limit", "control", "policy", "max_bad_fraction"]
     own = {name: getattr(args, name) for name in [*names, "num_processes", "output"]}
-    return {"model_path": args.model, **own, **how_to_ask(args)}
+    return {"model_path": find_shipped(args.model), **own, **how_to_ask(args)}
 
 
 def how_to_ask(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)

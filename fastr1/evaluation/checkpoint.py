@@ -79,7 +79,10 @@ def evaluate_checkpoint(
         num_processes: one per GPU, or any number on a CPU. The answers do not depend on it.
         output: write the summary, every answer and what was left out there as JSON.
         recording: opened by every process with its rank and their number; is given every clip.
+    Raises: ConfigError where `output` cannot be written, before a model is loaded.
     """
+    if output is not None:
+        _check_output(Path(output))
     asked = data_settings(
         model_path, num_frames=num_frames, max_frames=max_frames, instruction=instruction, backend=backend
     )
@@ -126,8 +129,25 @@ def _write_answers(file: Path, summary: dict[str, float], answers: list[Answer],
         "answers": [asdict(answer) for answer in answers],
         "left_out": [asdict(row) for row in ledger.rows],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = f"{file} could not be written ({error.strerror})"
+        raise DataError(f"{reason}; the answers are lost, their summary is {json.dumps(summary)}") from error
+
+
+def _check_output(file: Path) -> None:
+    """Now, rather than when all questions are answered. A file that is there keeps its content."""
+    is_new = not file.exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {file} cannot be written ({error.strerror}): choose another file") from error
+    if is_new:
+        file.unlink()
 
 
 @dataclass(frozen=True)

@@ -157,18 +157,19 @@ def _each(function: Callable[[str, Sample], float]) -> RewardFunction:
 def _resolve(name: str, built_in: dict[str, RewardFunction]) -> RewardFunction:
     if name in built_in:
         return built_in[name]
-    if ":" not in name:
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or module_name.startswith("."):
         raise RewardError(
             f"unknown reward function {name!r}{_suggest(name, list(built_in))}; built in are {', '.join(built_in)}, "
             "your own is named 'module:function'"
         )
-    module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise RewardError(
-            f"reward function {name!r}: {error}; start in the folder of {module_name!r} or put that on PYTHONPATH"
-        ) from error
+        is_itself = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
+        remedy = f"start in the folder of {module_name!r} or put that on PYTHONPATH"
+        imported = f"{module_name!r} imports it: install it, or correct the import"
+        raise RewardError(f"reward function {name!r}: {error}; {remedy if is_itself else imported}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]

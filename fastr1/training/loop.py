@@ -38,6 +38,7 @@ from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
+from fastr1.training.run_folder import holding_folder
 from fastr1.training.stop import SAVING, StopRequest, machine_id, process_id
 from fastr1.training.updates import Updates
 
@@ -158,7 +159,8 @@ class TrainingRun(Generic[S]):
 
         Raises: what goes wrong, after saving the last finished update where that can be done; the message names it.
         """
-        with self.stop.watching():
+        is_resumed = self._checkpoint is not None
+        with self.stop.watching(), holding_folder(self.distributed, self.output_dir, is_resumed=is_resumed):
             start, saved = self._resume()
             keeper = Keeper(
                 self.distributed,

@@ -1,14 +1,62 @@
-"""Whether a new run may use a folder, and what to type where it may not."""
+"""Whether a run may use a folder, and what to type where it may not."""
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
 import shlex
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
 from fastr1.reporting.run_log import METRICS_FILE, ROLLOUTS_FILE
 from fastr1.schema import DataError
+from fastr1.training.agreement import agreement
 from fastr1.training.checkpoint import CheckpointError, find_last_checkpoint
+from fastr1.training.distributed import DistributedModel
+
+LOCK_FILE = ".lock"  # locked while a run writes the folder; holds its process and machine
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def holding_folder(distributed: DistributedModel, folder: Path, *, is_resumed: bool) -> Iterator[None]:
+    """Keep other runs out of the folder, which is made if needed. All ranks enter it.
+
+    Raises: DataError where another run writes there, or has written there since the checks before the model.
+    """
+    with ExitStack() as held:
+        with agreement(distributed):
+            if distributed.rank == 0:
+                held.enter_context(_lock(folder))
+                if not is_resumed:
+                    refuse_used_folder(folder)
+        yield
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """The lock is that of the process: one that is killed leaves none behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise DataError(
+                f"another run is writing {folder} ({file.read().strip()}): wait for it or stop it, or choose another "
+                "run.output_dir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s: %s; nothing keeps another run out of it", folder / LOCK_FILE, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def refuse_used_folder(folder: Path) -> None:

@@ -34,8 +34,10 @@ _MARKS_UNREFERENCED = ("h264", "mpeg4")
 
 
 # Opening a file decodes some frames to learn what decoding tells again (20 ms at 720p): not of its first eight streams.
-# `Any`: PyAV's stub takes these for strings.
+# `Any`: PyAV's stub takes these for strings. Only where the header names all streams: PyAV frees an option of every
+# stream, also of those that FFmpeg finds later (FLV, MPEG-PS), for which it has none, and the process dies.
 _NO_PROBING: Any = [{"skip_frame": "all"}] * 8
+_MP4, _MATROSKA = b"ftyp", b"\x1a\x45\xdf\xa3"  # from byte 4 and from byte 0 on
 
 _STORES_BOTH_TIMES = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
@@ -189,7 +191,10 @@ def _decode_from_start(path: Path, scan: _Scan, wanted: list[int], num_ffmpeg_th
 
 @contextlib.contextmanager
 def _opened(path: Path, num_ffmpeg_threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
-    with av.open(str(path), stream_options=_NO_PROBING) as container:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    options = _NO_PROBING if start[4:] == _MP4 or start[:4] == _MATROSKA else None
+    with av.open(str(path), stream_options=options) as container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
             raise VideoError(path, "the file has no video stream")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,24 @@ def test_file_of_bad_samples_is_there_only_with_rows(tmp_path: Path) -> None:
 )
 def test_option_letters(problem: str, letters: str) -> None:
     assert option_letters(problem) == letters
+
+
+def test_a_file_of_bad_rows_alone_is_not_sent_to_the_bound(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, grpo_row(solution="C"), grpo_row(solution="D"))
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used \(.*\); repair the rows$"):
+        load_questions(path, tmp_path, policy="skip", max_bad_fraction=1.0, check_files=False)
+
+
+def test_the_documented_files_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    questions, conversations = re.findall(r"^```json\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "1.mp4").write_bytes(b"video")
+    (tmp_path / "questions.jsonl").write_text(questions)
+    (tmp_path / "coldstart.json").write_text(conversations)
+    (question,) = load_questions(tmp_path / "questions.jsonl", tmp_path).samples
+    assert (question.options, question.letter, question.problem_type) == ("AB", "B", "direction")
+    (turn,) = load_conversations(tmp_path / "coldstart.json", tmp_path).samples
+    assert turn.question == question.problem
+    assert turn.video_path == question.video_path
+    assert turn.answer.endswith("<answer> B </answer>")

@@ -12,7 +12,7 @@ import pytest
 from trainer_toys import make_config, problem, write_world
 
 from fastr1 import cli
-from fastr1.config import INSTRUCTION, DataConfig
+from fastr1.config import INSTRUCTION, ConfigError, DataConfig
 from fastr1.evaluation import recorded
 from fastr1.evaluation.chat import ChatAnswer, chat
 from fastr1.evaluation.checkpoint import evaluate_checkpoint
@@ -239,6 +239,35 @@ def test_a_device_that_is_not_here_is_one_line(world: Path, device: str, capsys:
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: device is {device!r}")
     assert "choose cpu" in error
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(world: Path, tmp_path: Path) -> None:
+    where = {"data_file": world / "questions.jsonl", "video_root": world}
+    for output in (tmp_path, world / "0.mp4" / "answers.json"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            evaluate_checkpoint(model_path=tmp_path / "no model", output=output, **where)
+    answers = tmp_path / "answers.json"
+    with pytest.raises(ValueError, match="not found"):
+        evaluate_checkpoint(model_path=tmp_path / "no model", output=answers, **where)
+    assert not answers.exists()  # which was made to see whether it can be
+
+
+def test_the_summary_survives_a_disk_that_fills_up(world: Path) -> None:
+    full = {"output": "/dev/full", "limit": 1, "max_completion_length": 2}
+    with pytest.raises(DataError, match=r"/dev/full could not be written \(No space left.*\); .*\"num_questions\": 1"):
+        evaluate_checkpoint(
+            model_path=world / "base", data_file=world / "questions.jsonl", video_root=world, device="cpu", **full
+        )
+
+
+def test_the_shipped_model_goes_by_the_name_that_configurations_have_for_it(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [str(world / "0.mp4"), "Which?", "--device", "cpu", "--max-completion-length", "1"]
+    assert cli.main(["chat", "fastr1:demo/base_model", *asked]) == 0
+    where = ["--data-file", str(world / "questions.jsonl"), "--video-root", str(world), "--limit", "1"]
+    assert cli.main(["eval", "--model", "fastr1:demo/base_model", *where, *asked[2:]]) == 0
+    assert '"num_questions": 1.0' in capsys.readouterr().out
 
 
 def test_a_run_and_its_checkpoints_are_no_model_and_the_refusal_names_the_one_there_is(

@@ -276,6 +276,16 @@ def test_one_sample_per_completion_is_required() -> None:
         build_scorer(RewardConfig()).score(["a", "b"], [sample()])
 
 
+def test_what_a_module_imports_in_vain_is_not_taken_for_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards_with_needs.py").write_text("import no_such_package_here\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expected = "No module named 'no_such_package_here'; 'rewards_with_needs' imports it: install it"
+    with pytest.raises(RewardError, match=expected):
+        build_scorer(RewardConfig(functions=("rewards_with_needs:f",)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,6 +302,8 @@ def test_one_sample_per_completion_is_required() -> None:
             {"functions": ("no_such_module_here:f",)},
             "start in the folder of 'no_such_module_here' or put that on PYTHONPATH",
         ),
+        ({"functions": (":length",)}, "unknown reward function ':length'"),
+        ({"functions": (".rewards:length",)}, "unknown reward function '.rewards:length'"),
         ({"functions": ("user_rewards:lenght",)}, "has no function 'lenght' (did you mean 'length'?)"),
         ({"functions": ("user_rewards:CONSTANT",)}, "has no function 'CONSTANT'"),
         ({"functions": ("user_rewards:two",)}, "must accept (completions, solutions, samples)"),

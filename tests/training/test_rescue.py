@@ -3,6 +3,7 @@ from as if nothing had happened."""
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from fastr1.rewards.scorer import RewardError
 from fastr1.schema import DataError
 from fastr1.training.checkpoint import CheckpointError, find_last_checkpoint
 from fastr1.training.distributed import NonFiniteGradientError
-from fastr1.training.grpo import run_grpo
+from fastr1.training.grpo import prepare_grpo, run_grpo
 from fastr1.training.keeper import DiskError
-from fastr1.training.run_folder import refuse_used_folder
+from fastr1.training.run_folder import holding_folder, refuse_used_folder
 from fastr1.training.stop import RESUME, SAME_COMMAND, StopRequest
 
 Parameters = dict[str, torch.Tensor]
@@ -323,3 +324,27 @@ def test_refusal_offers_to_go_on_where_that_is_possible(world: Path, tmp_path: P
         refuse_used_folder(tmp_path)
     with pytest.raises(CheckpointError):
         find_last_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_two_runs_at_once_do_not_share_a_folder(
+    world: Path, tmp_path: Path, before_scoring: Any, is_resumed: bool
+) -> None:
+    alone: Any = SimpleNamespace(rank=0, world_size=1)
+
+    def second_run(update: int) -> None:
+        with holding_folder(alone, tmp_path, is_resumed=is_resumed):
+            pass
+
+    before_scoring(second_run)
+    # the reward function raises what the hook does
+    with pytest.raises(RewardError, match=rf"another run is writing {tmp_path} \(process {os.getpid()} on "):
+        run_grpo(settings(world, tmp_path))
+    second_run(1)  # the first one has ended
+
+
+def test_run_that_came_and_went_during_the_checks_is_kept(world: Path, tmp_path: Path) -> None:
+    with prepare_grpo(settings(world, tmp_path)) as run:
+        (tmp_path / "final").mkdir()
+        with pytest.raises(DataError, match=r"holds an earlier run \(final\)"):
+            run.train(lambda update: pytest.fail("an update in the folder of another run"))

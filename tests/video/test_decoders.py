@@ -312,6 +312,15 @@ def test_pyav_numbers_frames_of_files_without_usable_times(videos, name):
     assert read_numbers(clip.frames) == list(clip.indices) == [0, 6, 13, 19, 26, 32, 39]
 
 
+@pytest.mark.parametrize(("name", "codec"), [("clip.flv", "libx264"), ("clip.mpg", "mpeg2video")])
+def test_a_stream_that_the_header_does_not_name_is_no_end_of_the_process(tmp_path, name, codec):
+    write_video(tmp_path / name, codec=codec)
+    code = f"from fastr1.video import load_clip; load_clip({str(tmp_path / name)!r}, num_frames=7)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_numbers(load_clip(tmp_path / name, num_frames=7, backend="pyav").frames) == [0, 6, 13, 19, 26, 32, 39]
+
+
 @needs_torchcodec
 @pytest.mark.parametrize("name", ["made_up_times.avi", "stream.ts", "no_first_key_frame.mp4"])
 @pytest.mark.parametrize("num_frames", [4, 7, 16])
