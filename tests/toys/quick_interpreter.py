@@ -57,9 +57,12 @@ def _patch_language_once_a_launch(interpreter: Any) -> None:
 
 
 def _pass_arguments_on(interpreter: Any) -> None:
-    """To the builtins as they came: the interpreter writes all keywords down anew for each of them."""
+    """To the builtins as they came: the interpreter writes all keywords down anew for each of them, behind which a
+    wrapper sees whether one of them is there that always is."""
 
     def patch_attribute(obj: Any, name: str, member: Callable[..., Any], builder: Any, scope: Any) -> None:
+        member = getattr(member, "__wrapped__", member)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             kwargs["_semantic"] = interpreter.interpreter_semantic
             return member(*args, **kwargs)
