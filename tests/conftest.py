@@ -12,6 +12,7 @@ import pytest
 import torch
 from quick_interpreter import hurry_interpreter
 
+gc.disable()  # until all tests are collected
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     hurry_interpreter()
@@ -85,3 +86,4 @@ def pytest_collection_finish() -> None:
     """What all libraries have loaded by now stays, so no collection of garbage looks through it; DeepSpeed asks for
     several whenever an engine is made."""
     gc.freeze()
+    gc.enable()
