@@ -10,6 +10,8 @@ SEED ?= 0
 test test-slow mutants: export OMP_WAIT_POLICY ?= PASSIVE
 # Shapes in the tests are tiny: more threads make them slower.
 test test-slow mutants: export OMP_NUM_THREADS ?= 1
+# Many tests start a Python of their own: it finds the sources compiled.
+test test-slow mutants: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help demo demo-base readme test test-slow test-gpu bench bench-gpu mutants lint format format-check typecheck check clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 import torch
 from quick_interpreter import hurry_interpreter
 
+gc.disable()  # until all tests are collected
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     hurry_interpreter()
@@ -78,3 +80,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [i for i in items if {"backend", "kernels"} & set(getattr(i, "fixturenames", ()))]
         config.hook.pytest_deselected(items=[i for i in items if i not in kept])
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """What all libraries have loaded by now stays, so no collection of garbage looks through it; DeepSpeed asks for
+    several whenever an engine is made."""
+    gc.freeze()
+    gc.enable()

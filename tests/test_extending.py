@@ -63,7 +63,8 @@ def test_a_reward_is_one_file_and_its_name(tmp_path: Path) -> None:
 def copy_with_a_loss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources of the losses and their tests, with the loss of the recipe."""
     root = tmp_path_factory.mktemp("copy")
-    ignore = shutil.ignore_patterns("base_model")  # not the compiled files: most of them stay valid
+    # Not the compiled files, most of which stay valid; but those that another process is just writing.
+    ignore = shutil.ignore_patterns("base_model", "*.pyc.*")
     for name in ("kernels", "tests", "fastr1"):
         shutil.copytree(ROOT / name, root / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", root)

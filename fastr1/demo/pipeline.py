@@ -5,11 +5,9 @@ Training runs through the same command a user types, `deepspeed fastr1/train.py 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 
 from fastr1.config import PACKAGE, Control, RunConfig, load_config, save_config, shipped_configs
+from fastr1.demo.child import run_to_its_end
 from fastr1.demo.dataset import write_demo_dataset
 from fastr1.demo.scenes import LETTERS
 from fastr1.evaluation.checkpoint import evaluate_checkpoint
@@ -163,45 +162,9 @@ def launch(name: str, overrides: Sequence[str]) -> None:
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # else each process of the launcher warns that it found no GPU
-    _run_to_its_end(command, environment)
+    run_to_its_end(command, environment)
     if not (Path(settings.run.output_dir) / "final").exists():
         raise DataError(f"the training of {settings.run.output_dir} was stopped before its end; start the demo again")
-
-
-def _run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
-    """Like `subprocess.run`, but a signal to this process is passed on to all that the child started, and their end is
-    waited for: the launcher itself does not wait for a checkpoint."""
-
-    child: subprocess.Popen[bytes] | None = None
-    received: list[int] = []
-
-    def leave(number: int, frame: object) -> None:
-        received.append(number)
-        if child is not None:  # one that comes while the child is being started is acted on as soon as it has a number
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell
-        numbers.pop()
-    earlier = {number: signal.signal(number, leave) for number in numbers}
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        if received:
-            leave(received[0], None)
-        code = child.wait()
-    except BaseException:  # Ctrl-C too
-        with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
-            os.killpg(child.pid, signal.SIGTERM)
-            while True:
-                child.poll()
-                os.killpg(child.pid, 0)
-                time.sleep(0.1)
-        raise
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-    if code:
-        raise subprocess.CalledProcessError(code, command)
 
 
 def _free_port() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -140,13 +139,13 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("call", "registers"), CALLS.values(), ids=CALLS.keys())
 def test_kernels_compile_without_spills(
-    launches: list[Compiled], tmp_path: Path, call: Callable[[], None], registers: int, architecture: int
+    launches: list[Compiled], call: Callable[[], None], registers: int, architecture: int
 ) -> None:
     target(architecture)
     call()
     assert launches
     for item in launches:
-        used = resources(item.kernel, tmp_path)
+        used = resources(item.kernel)
         assert used["STACK"] == used["LOCAL"] == 0, f"{item.name} spills on sm_{architecture}: {used}"
         assert max(used["SHARED"], item.kernel.metadata.shared) <= SHARED_MEMORY_BYTES[architecture]
         assert used["REG"] <= registers, f"{item.name}: {used}"

@@ -183,7 +183,7 @@ def test_a_run_of_a_demo_that_was_gone_on_with_is_never_deleted(
     changes = [f"run.output_dir={run}"]
     pipeline.run_demo(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_run_to_its_end", lambda command, environment: None)
+        patch.setattr(pipeline, "run_to_its_end", lambda command, environment: None)
         with pytest.raises(DataError, match="grpo was stopped before its end; start the demo again"):
             LAUNCH(pipeline.GRPO_CONFIG, changes)
         (run / "final").mkdir()
@@ -203,12 +203,12 @@ wait
 """
 
 
-# What takes longest is the import: one process does it, and forks a demo for every folder. In a folder "SIGTERM, early"
-# the signal comes while the launcher is being started.
+# One process forks a demo for every folder. In a folder "SIGTERM, early" the signal comes while the launcher is being
+# started.
 DEMOS = """
 import os, signal, subprocess, sys, threading, time
 from fastr1.cli import report_errors
-from fastr1.demo.pipeline import _run_to_its_end as run
+from fastr1.demo.child import run_to_its_end as run
 
 class Interrupted(subprocess.Popen):
     def __init__(self, *args, **kwargs):
@@ -230,7 +230,7 @@ for folder in sys.argv[1:]:
             code = report_errors(lambda: run(["sh", "../launcher"], {}))
         except SystemExit as end:
             code = end.code
-        os._exit(code)  # all that was imported need not be taken down
+        os._exit(code)
     children[child] = folder
 while children:
     child, status = os.wait()

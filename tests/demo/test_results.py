@@ -72,18 +72,24 @@ def write_run(folder: Path, *, seed: int = 0, after: float = 0.7, **conditions: 
     return folder
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small repository with the rows of three seeds and a README made from them."""
-    folder = tmp_path / "root"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("root")
     (folder / "README.md").write_text(README)
     for seed, after in enumerate((0.7, 0.8, 0.75)):
-        recorder.record(write_run(tmp_path / str(seed), seed=seed, after=after), folder / "bench" / "results")
+        run = write_run(tmp_path_factory.mktemp("runs") / str(seed), seed=seed, after=after)
+        recorder.record(run, folder / "bench" / "results")
     write_loading(folder / "bench" / "results" / "loading.jsonl")
     write_steps(folder / "bench" / "results" / "step.jsonl")
     assert renderer.main(["--root", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def root(rendered: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(rendered, tmp_path / "root")
 
 
 def write_loading(path: Path) -> None:
@@ -189,7 +195,7 @@ def test_rows_are_appended_and_a_run_is_recorded_once(root: Path, tmp_path: Path
     results = root / "bench" / "results"
     before = (results / "demo.jsonl").read_text()
     with pytest.raises(SystemExit, match="already"):
-        recorder.record(tmp_path / "1", results)
+        recorder.record(write_run(tmp_path / "1", seed=1, after=0.8), results)
     assert (results / "demo.jsonl").read_text() == before
     recorder.record(write_run(tmp_path / "later", date="2026-11-26T00:00:00+00:00"), results)
     assert (results / "demo.jsonl").read_text().startswith(before)

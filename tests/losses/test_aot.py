@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,11 +65,11 @@ def call_grpo_loss(
         loss.backward()
 
 
-def check(compiled: list[Compiled], architecture: int, folder: Path, blocks: int = 2) -> None:
+def check(compiled: list[Compiled], architecture: int, blocks: int = 2) -> None:
     """No spills, legal shared memory, and registers for `blocks` programs at a time on a multiprocessor."""
     assert compiled
     for item in {id(c.kernel): c for c in compiled}.values():
-        used = resources(item.kernel, folder)
+        used = resources(item.kernel)
         assert used["STACK"] == used["LOCAL"] == 0, f"{item.name} spills on sm_{architecture}: {used}"
         assert max(used["SHARED"], item.kernel.metadata.shared) <= SHARED_MEMORY_BYTES[architecture]
         threads = 32 * item.kernel.metadata.num_warps
@@ -81,7 +80,7 @@ def check(compiled: list[Compiled], architecture: int, folder: Path, blocks: int
 @pytest.mark.parametrize("inputs", LOGPS.values(), ids=LOGPS.keys())
 @pytest.mark.parametrize("loss", CALLS.values(), ids=CALLS.keys())
 def test_loss_kernels_compile(
-    launches: list[Compiled], tmp_path: Path, loss: dict[str, Any], inputs: list[str], architecture: int
+    launches: list[Compiled], loss: dict[str, Any], inputs: list[str], architecture: int
 ) -> None:
     if LOSSES[loss["loss_type"]].is_on_policy:
         inputs = [name for name in inputs if name != "old_logps"]
@@ -89,7 +88,7 @@ def test_loss_kernels_compile(
     beta = {"beta": 0.1} if "ref_logps" in inputs else {}
     call_grpo_loss(inputs=inputs, mask=torch.ones(2, 3, dtype=torch.bool), **loss, **beta)
     assert [c.name for c in launches] == ["grpo_rows_kernel", "scale_rows_kernel"]
-    check(launches, architecture, tmp_path)
+    check(launches, architecture)
 
 
 REWARDS: dict[str, dict[str, Any]] = {
@@ -112,36 +111,32 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_loss_kernel_compiles_with_every_option(
-    launches: list[Compiled], tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_loss_kernel_compiles_with_every_option(launches: list[Compiled], options: dict[str, Any]) -> None:
     target(90)
     call_grpo_loss(inputs=LOGPS["all"], loss_type="grpo", **options)
-    check(launches, 90, tmp_path)
+    check(launches, 90)
 
 
-def test_the_check_for_spills_can_fail(
-    launches: list[Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_for_spills_can_fail(launches: list[Compiled], monkeypatch: pytest.MonkeyPatch) -> None:
     target(90)
     starved = {"BLOCK": 8192, "num_warps": 4, "maxnreg": 32, "WIDTH": 8}
     monkeypatch.setattr("fastr1_kernels.gpu.rows.row_launch_config", lambda *_: starved)
     selective_log_softmax(logits_of((2, VOCABULARY), torch.bfloat16), torch.zeros(2, dtype=torch.long))
     with pytest.raises(AssertionError, match="score_rows_kernel spills on sm_90"):
-        check(launches, 90, tmp_path)
+        check(launches, 90)
 
 
-def test_packed_loss_kernel_compiles(launches: list[Compiled], tmp_path: Path) -> None:
+def test_packed_loss_kernel_compiles(launches: list[Compiled]) -> None:
     target(90)
     logits = logits_of((5, VOCABULARY), torch.bfloat16)
     bounds, ids = torch.tensor([0, 2, 5]), torch.zeros(5, dtype=torch.long)
     grpo_loss(logits, ids, cu_seqlens=bounds, advantages=torch.zeros(2), loss_type="grpo").loss.backward()
-    check(launches, 90, tmp_path)
+    check(launches, 90)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_score_kernels_compile(launches: list[Compiled], tmp_path: Path, dtype: torch.dtype, architecture: int) -> None:
+def test_score_kernels_compile(launches: list[Compiled], dtype: torch.dtype, architecture: int) -> None:
     target(architecture)
     logits = logits_of((2, 3, VOCABULARY), dtype)
     ids = torch.zeros(2, 3, dtype=torch.long)
@@ -149,24 +144,24 @@ def test_score_kernels_compile(launches: list[Compiled], tmp_path: Path, dtype: 
         outputs = selective_log_softmax(logits, ids, return_entropy=True)[used]
         torch.autograd.grad(outputs, logits, [torch.ones(2, 3)] * len(outputs))
     assert [c.name for c in launches] == ["score_rows_kernel", "gradient_rows_kernel"] * 2
-    check(launches, architecture, tmp_path)
+    check(launches, architecture)
 
 
-def test_sequence_level_loss_is_two_row_launches(launches: list[Compiled], tmp_path: Path) -> None:
+def test_sequence_level_loss_is_two_row_launches(launches: list[Compiled]) -> None:
     target(90)
     call_grpo_loss(inputs=["old_logps"], loss_type="grpo", importance_sampling_level="sequence")
     assert [c.name for c in launches] == ["score_rows_kernel", "gradient_rows_kernel"]
-    check(launches, 90, tmp_path)
+    check(launches, 90)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantage_kernels_compile(launches: list[Compiled], tmp_path: Path, scale: str, architecture: int) -> None:
+def test_advantage_kernels_compile(launches: list[Compiled], scale: str, architecture: int) -> None:
     target(architecture)
     rewards = torch.zeros(6)
     group_advantages(rewards, 3, scale_rewards=scale)
     group_advantages(rewards, group_ids=torch.zeros(6, dtype=torch.long), scale_rewards=scale, leave_one_out=True)
-    check(launches, architecture, tmp_path)
+    check(launches, architecture)
 
 
 def test_half_precision_rows_move_16_bytes_at_a_time(launches: list[Compiled]) -> None:

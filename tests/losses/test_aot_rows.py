@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,9 @@ def launches() -> Iterator[list[Compiled]]:
         yield compiled
 
 
-def instructions(kernel: Any, folder: Path) -> list[tuple[int, str]]:
+def instructions(kernel: Any) -> list[tuple[int, str]]:
     """Address and text, predicates removed, of every instruction."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", read_cubin(kernel, folder, "-sass"), re.M)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", read_cubin(kernel, "-sass"), re.M)
     return [(int(address, 16), text.strip()) for address, text in lines]
 
 
@@ -119,7 +118,6 @@ COSTS: dict[str, tuple[Callable[[], None], int, float, float, int]] = {
 @pytest.mark.parametrize(("call", "logit_bytes", "first", "second", "registers"), COSTS.values(), ids=COSTS.keys())
 def test_instructions_per_logit_are_bounded(
     launches: list[Compiled],
-    tmp_path: Path,
     call: Callable[[], None],
     logit_bytes: int,
     first: float,
@@ -130,9 +128,9 @@ def test_instructions_per_logit_are_bounded(
     target(architecture)
     call()
     kernels = [c.kernel for c in launches if c.name != "scale_rows_kernel"]
-    loops = [loop for kernel in kernels for loop in hot_loops(instructions(kernel, tmp_path))]
+    loops = [loop for kernel in kernels for loop in hot_loops(instructions(kernel))]
     found = [(any(map(is_store, loop)), cost(loop, logit_bytes)) for loop in loops]
-    used = [resources(kernel, tmp_path) for kernel in kernels]
+    used = [resources(kernel) for kernel in kernels]
     assert [stores for stores, _ in found] == [False, True]
     assert all(x["STACK"] == x["LOCAL"] == 0 and x["REG"] <= registers for x in used), used
     assert found[0][1] <= first
@@ -143,7 +141,7 @@ def test_instructions_per_logit_are_bounded(
 @pytest.mark.parametrize("width", [VOCABULARY, VOCABULARY + 1])
 @pytest.mark.parametrize("use", ["scores", "loss"])
 def test_the_entropy_is_paid_for_only_where_it_is_wanted(
-    launches: list[Compiled], tmp_path: Path, use: str, width: int, architecture: int
+    launches: list[Compiled], use: str, width: int, architecture: int
 ) -> None:
     target(architecture)
     for wanted in (False, True):
@@ -152,7 +150,7 @@ def test_the_entropy_is_paid_for_only_where_it_is_wanted(
         else:
             call_scores(width, torch.bfloat16, *((0, 1) if wanted else ()))
     kernels = [c.kernel for c in launches if c.name in ("score_rows_kernel", "grpo_rows_kernel")]
-    without, with_entropy = (cost(hot_loops(instructions(kernel, tmp_path))[0], 2) for kernel in kernels)
+    without, with_entropy = (cost(hot_loops(instructions(kernel))[0], 2) for kernel in kernels)
     # A bound and a product for each of 16 logits; sm_100 bounds and multiplies two at a time.
     assert without <= with_entropy - (8 if architecture == 100 else 32)
 
@@ -165,14 +163,14 @@ def place(code: list[tuple[int, str]], pattern: str, after: int = 0) -> int:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("use", ["loss", "gradient"])
 def test_in_place_the_logit_of_the_token_is_read_before_any_is_overwritten(
-    launches: list[Compiled], tmp_path: Path, use: str, architecture: int
+    launches: list[Compiled], use: str, architecture: int
 ) -> None:
     # A warp that has passed a barrier may write its columns while another has not read the token's logit yet.
     target(architecture)
     level = {"loss": "token", "gradient": "sequence"}[use]
     call_loss(inplace=True, importance_sampling_level=level, entropy_coef=0.1)
     (kernel,) = [c.kernel for c in launches if c.name == {"loss": "grpo_rows_kernel"}.get(use, "gradient_rows_kernel")]
-    code = instructions(kernel, tmp_path)
+    code = instructions(kernel)
     (loop,) = [loop for loop in hot_loops(code) if any(map(is_store, loop))]
     first = min(a for a, text in code if text.startswith("STG.E.128") and "RZ" not in text.split("],")[1])
     barriers = [a for a, text in code if text.startswith("BAR.SYNC")]

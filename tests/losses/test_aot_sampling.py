@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +60,7 @@ CALLS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("options", "registers"), CALLS.values(), ids=CALLS.keys())
 def test_registers_suffice(
-    launches: list[Compiled], tmp_path: Path, options: dict[str, Any], registers: int, architecture: int
+    launches: list[Compiled], options: dict[str, Any], registers: int, architecture: int
 ) -> None:
     target(architecture)
     call(**options)
@@ -69,20 +68,18 @@ def test_registers_suffice(
     bounds = ["bound_rows_kernel"] * ("top_k" in options)
     assert names == [*bounds, "draw_rows_kernel", *["merge_parts_kernel"] * (options.get("rows") == 8)]
     for c in launches:
-        used = resources(c.kernel, tmp_path)
+        used = resources(c.kernel)
         assert used["STACK"] == used["LOCAL"] == 0, (c.name, used)
         assert used["REG"] <= registers, (c.name, used)
 
 
 @pytest.mark.parametrize("options", [{}, {"rows": 8}, EVERYTHING], ids=["plain", "few_rows", "truncated"])
-def test_logits_are_loaded_16_bytes_at_a_time_and_once(
-    launches: list[Compiled], tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_logits_are_loaded_16_bytes_at_a_time_and_once(launches: list[Compiled], options: dict[str, Any]) -> None:
     target(90)
     call(**options)
     for c in launches:
         if c.name == "draw_rows_kernel":
-            loads = re.findall(r"LDG\.E\S*", read_cubin(c.kernel, tmp_path, "-sass"))
+            loads = re.findall(r"LDG\.E\S*", read_cubin(c.kernel, "-sass"))
             # 16 logits of 2 bytes a thread in the one loop; beside them a few numbers of the row.
             assert sum("128" in x for x in loads) == 2, loads
             assert len(loads) <= 6

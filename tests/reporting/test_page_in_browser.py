@@ -80,6 +80,14 @@ def hurried(browser: Browser) -> Iterator[None]:
     browser.run("0")  # what the page reported until now has been read
 
 
+def go_on(run: Path, last: int) -> None:
+    """The run has come to update `last`: a page that is built meanwhile does not find one file without the other."""
+    write_lines(run / "next" / "rollouts.jsonl", rollouts(last))
+    write_lines(run / "next" / "metrics.jsonl", [metrics_row(step) for step in range(1, last + 1)])
+    for path in (run / "next").iterdir():
+        path.replace(run / path.name)
+
+
 def count(browser: Browser, selector: str) -> int:
     found: int = browser.run(SHOWN.format(selector) + ".length")
     return found
@@ -228,8 +236,7 @@ def test_served_page_reloads_when_the_run_goes_on_and_keeps_its_filters(browser:
             browser.open(server.url)
             click(browser, "[data-view=worst]")
             click(browser, "[data-outcome=fixed]")
-            write_lines(run / "rollouts.jsonl", rollouts(21))
-            write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, 22)])
+            go_on(run, 21)
             browser.wait_for("document.querySelector('.facts')?.textContent.includes('21 of 20')")
             browser.wait_for("document.documentElement?.dataset.ready === '1'")
             assert browser.run("document.querySelector('[data-view=worst]').getAttribute('aria-pressed')") == "true"
@@ -243,34 +250,34 @@ def test_served_page_reloads_when_the_run_goes_on_and_keeps_its_filters(browser:
 
 def test_served_page_keeps_what_is_open_though_a_later_page_lacks_it(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    with RunServer(run, 0) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        browser.open(server.url)
-        text = "document.querySelector('.group[open]')?.textContent"
-        for selector in (".group:not([hidden])", ".pair", "#same"):
-            browser.run(f"document.querySelector({selector!r}).open = true")
-        browser.run("document.querySelector('.pair summary').focus()")
-        before = browser.run(text)
-        assert "update 20" in before
-        for last in (40, 60):
-            write_lines(run / "rollouts.jsonl", rollouts(last))
-            write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, last + 1)])
-            browser.wait_for(f"document.querySelector('.facts')?.textContent.includes('{last} of 20')")
+    with hurried(browser):
+        with RunServer(run, 0) as server:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            browser.open(server.url)
+            text = "document.querySelector('.group[open]')?.textContent"
+            for selector in (".group:not([hidden])", ".pair", "#same"):
+                browser.run(f"document.querySelector({selector!r}).open = true")
+            browser.run("document.querySelector('.pair summary').focus()")
+            before = browser.run(text)
+            assert "update 20" in before
+            for last in (40, 60):
+                go_on(run, last)
+                browser.wait_for(f"document.querySelector('.facts')?.textContent.includes('{last} of 20')")
+                browser.wait_for("document.documentElement?.dataset.ready === '1'")
+                assert browser.run("document.querySelector('.group[open]').hidden") is False
+                assert browser.run(text) == before
+                assert browser.run("document.querySelector('.group[open] img').naturalWidth > 0")
+                assert count(browser, "details[open]") == 3
+                assert browser.run("document.activeElement.parentElement.matches('.pair')")
+            steps = browser.run("[...document.querySelectorAll('#step option')].map((option) => option.value)")
+            assert steps.count("20") == 1
+            browser.run("document.querySelector('.group[open]').open = false")
+            go_on(run, 62)
+            browser.wait_for("document.querySelector('.facts')?.textContent.includes('62 of 20')")
             browser.wait_for("document.documentElement?.dataset.ready === '1'")
-            assert browser.run("document.querySelector('.group[open]').hidden") is False
-            assert browser.run(text) == before
-            assert browser.run("document.querySelector('.group[open] img').naturalWidth > 0")
-            assert count(browser, "details[open]") == 3
-            assert browser.run("document.activeElement.parentElement.matches('.pair')")
-        assert browser.run("[...document.querySelectorAll('#step option')].filter((o) => o.value === '20').length") == 1
-        browser.run("document.querySelector('.group[open]').open = false")
-        write_lines(run / "rollouts.jsonl", rollouts(62))
-        write_lines(run / "metrics.jsonl", [metrics_row(step) for step in range(1, 63)])
-        browser.wait_for("document.querySelector('.facts')?.textContent.includes('62 of 20')")
-        browser.wait_for("document.documentElement?.dataset.ready === '1'")
-        assert browser.run("document.querySelector('#step').value") == "62"  # the newest again
-        server.shutdown()
-    browser.wait_for("document.querySelector('#live').textContent.includes('has stopped')")
+            assert browser.run("document.querySelector('#step').value") == "62"  # the newest again
+            server.shutdown()
+        browser.wait_for("document.querySelector('#live').textContent.includes('has stopped')")
     browser.errors.clear()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,17 +76,24 @@ def logits_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype).requires_grad_()
 
 
-def read_cubin(kernel: Any, folder: Path, option: str) -> str:
+def read_cubin(kernel: Any, option: str) -> str:
     """What cuobjdump prints of a compiled kernel."""
     if not CUOBJDUMP.exists():
         pytest.skip(f"this triton has no {CUOBJDUMP.name}")
-    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    command = [CUOBJDUMP, option, folder / "kernel.cubin"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return _print_cubin(kernel.asm["cubin"], option)
 
 
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
+@functools.cache
+def _print_cubin(cubin: bytes, option: str) -> str:
+    """Kept, as a disassembly takes 0.4 s and several tests ask for the same kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def resources(kernel: Any) -> dict[str, int]:
     """REG, STACK, SHARED, LOCAL of the one function of a cubin."""
-    text = read_cubin(kernel, folder, "--dump-resource-usage")
+    text = read_cubin(kernel, "--dump-resource-usage")
     (line,) = [line for line in text.splitlines() if "REG:" in line]
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
