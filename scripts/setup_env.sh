@@ -29,8 +29,10 @@ mapfile -t tools < <(pinned 'setuptools|wheel|ninja|numpy|packaging|psutil')
 install "${tools[@]}"
 
 cuda=$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')
-torchcodec=$torchcodec_cpu
-if [ -n "$cuda" ]; then torchcodec=$torchcodec_cuda; fi
+case $cuda in
+  "" | 1[0-2].*) torchcodec=$torchcodec_cpu ;;
+  *) torchcodec=$torchcodec_cuda ;;
+esac
 say "torchcodec $torchcodec (torch is built for ${cuda:+CUDA }${cuda:-the CPU})"
 install "torchcodec==$torchcodec"
 
