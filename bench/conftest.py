@@ -48,7 +48,14 @@ def group(case: Any, request: pytest.FixtureRequest) -> harness.Group:
             other.inputs, other.gold = None, {}
         harness.free_memory()
         torch._dynamo.reset()
-        GROUPS[case] = request.module.set_up(case)
+        try:
+            GROUPS[case] = request.module.set_up(case)
+        except (RuntimeError, MemoryError) as error:
+            if not harness.is_out_of_memory(error):
+                raise
+            del error
+            harness.free_memory()
+            pytest.skip("no memory for the inputs and the reference of this case")
     return GROUPS[case]
 
 

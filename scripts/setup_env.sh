@@ -29,10 +29,23 @@ mapfile -t tools < <(pinned 'setuptools|wheel|ninja|numpy|packaging|psutil')
 install "${tools[@]}"
 
 cuda=$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")')
-torchcodec=$torchcodec_cpu
-if [ -n "$cuda" ]; then torchcodec=$torchcodec_cuda; fi
+case $cuda in
+  "" | 1[0-2].*) torchcodec=$torchcodec_cpu ;;
+  *) torchcodec=$torchcodec_cuda ;;
+esac
 say "torchcodec $torchcodec (torch is built for ${cuda:+CUDA }${cuda:-the CPU})"
 install "torchcodec==$torchcodec"
+
+if [ -n "$cuda" ] && nvidia-smi -L > /dev/null 2>&1; then
+  # `make test` hides the GPU, from this script too.
+  env -u CUDA_VISIBLE_DEVICES .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+    || say "WARNING: torch is built for CUDA $cuda and cannot use this GPU: update its driver, or everything runs on the CPU"
+  # Triton builds its launchers where the kernels run.
+  headers=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))')
+  if [ ! -f "$headers/Python.h" ] || ! { [ -n "${CC:-}" ] || command -v gcc || command -v clang; } > /dev/null; then
+    say "WARNING: Triton needs gcc or clang and $headers/Python.h on a GPU; on Debian and Ubuntu install gcc and python3-dev"
+  fi
+fi
 
 say "requirements.txt"
 # DeepSpeed's setup probes for nvcc where it sees a GPU and fails without one. Nothing is compiled at installation, so it

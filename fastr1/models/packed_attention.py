@@ -16,9 +16,11 @@ and takes 2.5 times that. Kernels for dense batches pad short P and R_g to a mul
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 import logging
 import math
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -40,11 +42,12 @@ BACKENDS: dict[str, ModuleType] = {
     "efficient": efficient,
     "sdpa": sdpa,
 }
-# Versions of flash-attn in the order they are tried: module, and majors of compute capability that it has kernels for.
+# Versions of flash-attn in the order they are tried: distribution, module, and majors of compute capability that it has
+# kernels for. Not by the module alone: version 2 brings a `flash_attn.cute` along that is an unfinished version 4.
 _FLASH_ATTN = {
-    "flash_attn_3": ("flash_attn_interface", (9,)),
-    "flash_attn_4": ("flash_attn.cute.interface", (9, 10, 11, 12)),
-    "flash_attn_2": ("flash_attn.flash_attn_interface", (8, 9, 10, 12)),
+    "flash_attn_3": ("flash_attn_3", "flash_attn_interface", (9,)),
+    "flash_attn_4": ("flash_attn_4", "flash_attn.cute.interface", (9, 10, 11, 12)),
+    "flash_attn_2": ("flash_attn", "flash_attn.flash_attn_interface", (8, 9, 10, 12)),
 }
 
 
@@ -172,7 +175,7 @@ def choose_packed_backend(setting: str, device: torch.device, dtype: torch.dtype
     Raises: ConfigError naming the setting and the remedy.
     """
     check_value("model.packed_attn_implementation", setting)
-    flash = _flash_attn_for(device, dtype)
+    flash = _flash_attn_for(device, dtype) if setting in ("auto", "flash_attn") else None
     has_varlen = _can_run_flash(device, dtype)
     dense = "efficient" if device.type == "cuda" else "sdpa"
     chosen = {
@@ -202,18 +205,35 @@ def _can_run_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _flash_attn_for(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The first installed version of flash-attn that has kernels for a device and a dtype."""
+    """The first installed version of flash-attn that has kernels for a device and a dtype.
+
+    Raises: ConfigError where that cannot be imported.
+    """
     if not _can_run_flash(device, dtype):
         return None
     major, _ = torch.cuda.get_device_capability(device)
-    for name, (module, majors) in _FLASH_ATTN.items():
-        if major in majors and _is_installed(module):
+    for name, (distribution, module, majors) in _FLASH_ATTN.items():
+        if major in majors and _is_installed(distribution):
+            _check_import(module)
             return name
     return None
 
 
-def _is_installed(module: str) -> bool:
+@functools.cache  # files are read, and every packed pass asks
+def _is_installed(distribution: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that would hold it
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return False
+    return True
+
+
+def _check_import(module: str) -> None:
+    """A flash-attn that was built for another torch is known before a model is loaded."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"flash-attn is installed and {module} cannot be imported ({error}); build it for torch "
+            f"{torch.__version__}, uninstall it, or set model.packed_attn_implementation to 'varlen'"
+        ) from error

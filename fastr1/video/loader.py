@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +31,32 @@ def load_pixels(
 ) -> torch.Tensor:
     """The frames of a video as the vision tower takes them, on `device`. Thread-safe.
 
-    `note` is given the clip before its frames are resized.
+    `note` is given the clip before its frames are resized. On a GPU it all happens in a stream of its own and is done
+    when this returns: decoder and copies wait for their stream, which in that of the training would be for a step.
     Raises: VideoError where it cannot be decoded.
     """
+    if device.type == "cuda":
+        reader, own = torch.cuda.current_stream(device), _loading_stream(device)
+        with torch.cuda.stream(own):
+            pixels = _load(path, data, preprocess_frames, device, note)
+        own.synchronize()
+        pixels.record_stream(reader)  # its memory is not used again before the reader is through with it
+        return pixels
+    return _load(path, data, preprocess_frames, device, note)
+
+
+@functools.cache  # one for all threads: memory that one stream has freed is not there for another
+def _loading_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _load(
+    path: Path,
+    data: DataConfig,
+    preprocess_frames: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    note: Callable[[Clip], None] | None,
+) -> torch.Tensor:
     clip = load_clip(path, num_frames=data.num_frames, max_frames=data.max_frames, device=device, backend=data.backend)
     if note is not None:
         note(clip)

@@ -22,7 +22,8 @@ CAPTION_PX = 18
 
 @dataclass(frozen=True)
 class SmallFrames:
-    """Frames with at least as many pixels as a sheet shows of them, on the device they were decoded to."""
+    """Frames with at least as many pixels as a sheet shows of them, on the CPU: other threads draw them, which know
+    nothing of the stream that they were decoded in."""
 
     frames: torch.Tensor  # (F, h, w, 3) uint8
     size: tuple[int, int]  # width and height of each in the sheet
@@ -38,12 +39,12 @@ def small_frames(
     longest_px: int,
 ) -> SmallFrames:
     """Every n-th pixel, twice as many as a sheet needs, where its frames are `longest_px` on their longer side; smaller
-    ones keep their size. The aspect ratio is kept. Does not wait for a GPU."""
+    ones keep their size. The aspect ratio is kept."""
     height, width = frames.shape[2:]
     scale = min(1.0, longest_px / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     across, down = max(1, width // (2 * size[0])), max(1, height // (2 * size[1]))
-    return SmallFrames(frames.permute(0, 2, 3, 1)[:, ::down, ::across].contiguous(), size)
+    return SmallFrames(frames.permute(0, 2, 3, 1)[:, ::down, ::across].contiguous().cpu(), size)
 
 
 def draw_sheet(small: SmallFrames, captions: Sequence[str] | None = None) -> Image.Image:
@@ -53,7 +54,7 @@ def draw_sheet(small: SmallFrames, captions: Sequence[str] | None = None) -> Ima
     num_lines = math.ceil(len(small.frames) / small.columns)
     sheet = Image.new("RGB", (small.columns * width, num_lines * line))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default() if captions is not None else None
-    for number, picture in enumerate(small.frames.cpu().numpy()):
+    for number, picture in enumerate(small.frames.numpy()):
         left, top = number % small.columns * width, number // small.columns * line
         sheet.paste(Image.fromarray(picture).resize(small.size, Image.Resampling.BILINEAR), (left, top))
         if captions is not None:

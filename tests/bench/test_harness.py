@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +112,18 @@ def test_a_slow_call_is_made_less_often(
     assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
 
 
+def test_a_call_of_minutes_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "ENDLESS_CALL_MS", 0.0)
+    calls = []
+
+    def call() -> Any:
+        calls.append(len(calls))
+        return {"x": torch.ones(3)}
+
+    row = measured(new_group(), "peer", call)
+    assert (len(calls), row["rounds"], row["median_ms"]) == (1, 1, row["first_ms"])
+
+
 def test_the_first_result_is_the_one_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "CPU_QUICK_CALL_MS", 0.0)
     results = iter([1.01, 1.0, 1.0, 1.0])
@@ -182,6 +196,24 @@ def test_reference_has_the_gradients_of_autograd(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(group.gold["loss"], loss.detach())
     gradients = torch.autograd.grad(loss, wide)
     torch.testing.assert_close([group.gold["hidden"], group.gold["weight"]], list(gradients), check_dtype=False)
+
+
+def test_a_reference_is_let_go_before_the_next_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the largest do not fit on a GPU. Cold and warm cache, and a frozen head, share one."""
+    monkeypatch.setitem(shapes.HEADS, "tiny", (6, 11))
+    case = shapes.Case(op=shapes.LINEAR, head="tiny", rows=24, dtype="float32")
+    first = problems.loss_group(case, linear=True)
+    again = problems.loss_group(replace(case, cold=True, frozen=True), linear=True)
+    assert again.gold["hidden"] is first.gold["hidden"]
+    kept, compute = weakref.ref(first.gold["hidden"]), problems.compute_reference
+    del first, again
+
+    def computing(*arguments: Any) -> Any:
+        assert kept() is None
+        return compute(*arguments)
+
+    monkeypatch.setattr(problems, "compute_reference", computing)
+    problems.loss_group(replace(case, rows=16), linear=True)
 
 
 def test_targets_are_those_of_one_case_on_one_device() -> None:

@@ -30,6 +30,14 @@ def test_what_runs_everywhere_gives_the_reference(group: Any, name: str) -> None
     assert group.errors(outputs) == {"frames": 0.0, "pixels": pytest.approx(0.0, abs=1e-6)}
 
 
+def test_ours_is_held_to_the_same_pixels_where_no_video_engine_converts_colours(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert group.strict_tolerance == 1e-4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert group.strict_tolerance == clips.TOLERANCE
+
+
 def test_other_frames_and_a_resize_without_antialiasing_are_told_apart(group: Any) -> None:
     frames = clips.decode_all(group.inputs)
     chosen = [frames[i] for i in (0, 12, 24, 36, 49)]

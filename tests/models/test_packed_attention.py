@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import packed_toys
@@ -196,17 +199,48 @@ def test_auto_on_a_gpu_takes_the_best_that_is_there(
     dtype: torch.dtype,
     expected: str,
 ) -> None:
-    names = [packed_toys.STAND_INS[backend][0] for backend in installed]
-    monkeypatch.setattr(module, "_is_installed", names.__contains__)
+    for backend in installed:
+        packed_toys.install(monkeypatch, backend)
+    distributions = [module._FLASH_ATTN[backend][0] for backend in installed]
+    monkeypatch.setattr(module, "_is_installed", distributions.__contains__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_packed_backend("auto", torch.device("cuda"), dtype) == expected
 
 
-def test_an_installed_version_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._is_installed("torch.nn")
-    assert not module._is_installed("no_such_package.interface")
-    packed_toys.install(monkeypatch, "flash_attn_4")
-    assert module._is_installed("flash_attn.cute.interface")
+@pytest.fixture
+def distributions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder of packages on the way of imports, for a GPU of compute capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.syspath_prepend(tmp_path)
+    module._is_installed.cache_clear()
+    yield tmp_path
+    module._is_installed.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+def write_flash_attn_2(folder: Path, interface: str) -> None:
+    """As its wheel lies in site-packages, with the unfinished version 4 that it holds."""
+    (folder / "flash_attn-2.8.3.dist-info").mkdir()
+    (folder / "flash_attn-2.8.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flash_attn\nVersion: 2.8.3\n"
+    )
+    (folder / "flash_attn" / "cute").mkdir(parents=True)
+    for name in ("__init__.py", "cute/__init__.py", "cute/interface.py"):
+        (folder / "flash_attn" / name).write_text("")
+    (folder / "flash_attn" / "flash_attn_interface.py").write_text(interface)
+
+
+def test_an_early_version_4_inside_version_2_is_not_taken_for_version_4(distributions: Path) -> None:
+    write_flash_attn_2(distributions, "")
+    assert choose_packed_backend("auto", torch.device("cuda"), torch.bfloat16) == "flash_attn_2"
+
+
+def test_a_flash_attn_of_another_torch_is_refused_before_anything_is_built(distributions: Path) -> None:
+    write_flash_attn_2(distributions, "raise ImportError('undefined symbol: _ZN3c105ErrorC2')")
+    with pytest.raises(ConfigError, match=r"flash_attn_interface cannot be imported \(undefined symbol.*'varlen'"):
+        choose_packed_backend("auto", torch.device("cuda"), torch.bfloat16)
+    assert choose_packed_backend("varlen", torch.device("cuda"), torch.bfloat16) == "varlen"
 
 
 def test_forced_flash_attn_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 import itertools
 import threading
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastr1.video import ClipPrefetcher
+from fastr1.config import DataConfig
+from fastr1.video import ClipPrefetcher, load_pixels, loader
 
 
 def prefetch_threads():
@@ -160,3 +163,37 @@ def test_torch_has_no_helpers_in_the_threads_that_load_and_keeps_them_elsewhere(
         assert elsewhere == [3, 3]
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_gpu_loads_in_a_stream_of_its_own_and_is_done_when_the_pixels_are_there(monkeypatch):
+    """On a GPU that is not there: what is asked of it, in which order, and in which stream."""
+    said, current = [], ["training"]
+    stream = SimpleNamespace(synchronize=lambda: said.append(("wait", current[0])))
+    pixels = SimpleNamespace(record_stream=lambda reader: said.append(("read by", reader)))
+
+    @contextmanager
+    def inside(entered):
+        assert entered is stream
+        current[0] = "own"
+        yield
+        current[0] = "training"
+
+    def load_clip(path, **options):
+        said.append(("decode", current[0]))
+        return SimpleNamespace(frames=path)
+
+    def preprocess(frames):
+        said.append(("resize", current[0]))
+        return pixels
+
+    loader._loading_stream.cache_clear()
+    monkeypatch.setattr(loader, "load_clip", load_clip)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    for _ in range(2):
+        note = lambda clip: said.append(("note", current[0]))  # noqa: E731
+        assert load_pixels("clip.mp4", DataConfig(), preprocess, torch.device("cuda", 0), note) is pixels
+    loader._loading_stream.cache_clear()
+    once = [("decode", "own"), ("note", "own"), ("resize", "own"), ("wait", "training"), ("read by", "training")]
+    assert said == once * 2
