@@ -290,6 +290,12 @@ def test_demo_data_honours_its_options(tmp_path: Path) -> None:
     assert len((tmp_path / "a" / "test.jsonl").read_text().splitlines()) == 2
 
 
+def test_demo_data_names_a_folder_that_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo-data", "--output-dir", str(tmp_path / "file"), "--num-train", "1", "--num-test", "1"]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_frames_writes_a_sheet_and_prints_its_path(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,7 +265,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder} does not exist; give an existing folder, or {LAST!r}")
     if not _is_complete(folder):
-        raise CheckpointError(f"checkpoint {folder} has no whole {MANIFEST}: saving did not finish; use an earlier one")
+        raise CheckpointError(
+            f"checkpoint {folder} has no whole {MANIFEST}: saving did not finish, or it is no checkpoint; use "
+            f"an earlier {CHECKPOINTS}/step-* of the run, or {LAST!r}"
+        )
     manifest = _parse_manifest(folder)
     if manifest.get("version") != VERSION:
         raise CheckpointError(
