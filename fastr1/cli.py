@@ -309,12 +309,11 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _demo_data(args: argparse.Namespace) -> int:
     from fastr1.demo.dataset import write_demo_dataset
-    from fastr1.schema import DataError
 
     try:
         write_demo_dataset(Path(args.output_dir), num_train=args.num_train, num_test=args.num_test, seed=args.seed)
     except OSError as error:
-        raise DataError(f"--output-dir {args.output_dir}: {error.strerror} ({error.filename})") from error
+        raise ConfigError(f"--output-dir {args.output_dir}: {error.strerror} ({error.filename})") from error
     print(f"written to {args.output_dir}")
     return 0
 
