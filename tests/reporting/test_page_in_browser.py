@@ -74,10 +74,12 @@ def hurried(browser: Browser) -> Iterator[None]:
     """Pages that are opened meanwhile do fifty times as often what they do every few seconds. They are left behind."""
     source = "const every = setInterval; window.setInterval = (action, ms) => every(action, ms / 50);"
     script = browser.call("Page.addScriptToEvaluateOnNewDocument", source=source)["identifier"]
-    yield
-    browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
-    browser.call("Page.navigate", url="about:blank")
-    browser.run("0")  # what the page reported until now has been read
+    try:
+        yield
+    finally:
+        browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+        browser.call("Page.navigate", url="about:blank")
+        browser.run("0")  # what the page reported until now has been read
 
 
 def go_on(run: Path, last: int) -> None:

@@ -21,6 +21,10 @@ def find_browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+class RefusedError(AssertionError):
+    """The browser did not carry out a command."""
+
+
 class Browser:
     """One page. `errors` holds what its console reported, `requests` the addresses it asked for. Use it as a context
     manager."""
@@ -67,7 +71,8 @@ class Browser:
         while True:
             answer = self._receive()
             if answer.get("id") == self._number:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise RefusedError(answer)
                 return answer["result"]
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
@@ -85,10 +90,19 @@ class Browser:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str) -> None:
+        """Until it is true, here or in a page that takes this one's place meanwhile."""
         end = time.monotonic() + TIMEOUT_SECONDS
-        while not self.run(expression):
+        while not self._is_true(expression):
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.05)
+
+    def _is_true(self, expression: str) -> bool:
+        try:
+            return bool(self.run(expression))
+        except RefusedError as error:
+            if "navigated" in str(error) or "context was destroyed" in str(error):
+                return False
+            raise
 
     def press(self, key: str) -> None:
         """A key, as from the keyboard."""
