@@ -335,7 +335,7 @@ def test_collectives_across_two_processes(two_rank_results: list[dict[str, Any]]
 
 LAUNCHED = """
 import json, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {toys!r}]
 from distributed_toys import make_engine, train
 engine = make_engine(2)
 norms = train(engine, ((2, 2), (2, 2)))
@@ -348,10 +348,10 @@ engine.close()
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["python", "deepspeed", "deepspeed --num_gpus 2"])
 def test_commands_that_start_a_run(tmp_path: Path, command: str) -> None:
-    tests = Path(__file__).resolve().parents[1]
+    toys = Path(__file__).resolve().parents[1] / "toys"
     output = tmp_path / "norms.json"
     script = tmp_path / "script.py"
-    script.write_text(LAUNCHED.format(root=str(tests.parent), tests=str(tests), output=str(output)))
+    script.write_text(LAUNCHED.format(root=str(toys.parents[1]), toys=str(toys), output=str(output)))
     binary, *options = command.split()
     if binary == "deepspeed":
         options += ["--master_port", "29617"]
