@@ -114,7 +114,7 @@ def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_config(config: TrainConfig, *, dry_run: bool = False) -> None:
     """Runs the task of a configuration in this process, with progress messages of the first rank."""
-    from fastr1.training.stop import StopRequest
+    from fastr1.training.stop import StopRequest, ignore_signals_at_exit
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # reward functions of the user's own; the launchers differ in whether it is there
@@ -133,6 +133,7 @@ def run_config(config: TrainConfig, *, dry_run: bool = False) -> None:
             from fastr1.training.grpo import run_grpo
 
             run_grpo(config, stop)
+    ignore_signals_at_exit()
 
 
 def _check_only(config: TrainConfig, is_main: bool) -> None:

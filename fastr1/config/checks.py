@@ -224,6 +224,8 @@ def _check_conflicts(config: TrainConfig) -> None:
     data, run = config.data, config.run
     if set(config.model.freeze) == set(get_args(ModelPart)):
         raise ConfigError(f"model.freeze is {list(config.model.freeze)}; nothing is left to train, remove one")
+    if config.task == "sft":
+        _check_supervised(config)
     _check_steps(config)
     if data.max_frames is not None and data.num_frames != -1:
         raise ConfigError(
@@ -239,6 +241,17 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise ConfigError(
             f"run.eval_steps is {run.eval_steps} but data.eval_file is not set; set it or run.eval_steps to 0"
         )
+
+
+def _check_supervised(config: TrainConfig) -> None:
+    """Settings of reinforcement learning. Held-out questions are answered with some of those of completions."""
+    default = TrainConfig()
+    read = ("grpo.max_completion_length", "grpo.stop_strings") if config.run.eval_steps else ()
+    for section in ("grpo", "reward"):
+        for field in dataclasses.fields(getattr(config, section)):
+            key, value = f"{section}.{field.name}", getattr(getattr(config, section), field.name)
+            if key not in read and value != getattr(getattr(default, section), field.name):
+                raise ConfigError(f"{key} is {_show(value)}, which task 'sft' does not read: leave it out")
 
 
 def _check_steps(config: TrainConfig) -> None:

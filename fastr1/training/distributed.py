@@ -319,8 +319,10 @@ def _quieten_deepspeed() -> None:
     # torch renamed collectives that DeepSpeed calls by their old names, once per bucket and step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if get_accelerator().device_name() == "cpu":
-        # A C++ all-reduce for inference, never used in training. Building it takes most of a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # A C++ all-reduce for inference, never used in training. Building it takes most of a minute. Whether it can be
+        # built is looked up in a table, read here alone, which DeepSpeed would fill by trying a compiler for each of
+        # its operations, and with standard error turned off: the answer to a Ctrl-C was lost there.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def _local_device() -> torch.device:

@@ -90,6 +90,7 @@ class GRPOTrainer:
             self.limit = StepLimit(shape, probe_machine(self.distributed.device, run.model.dtype))
         names = ("max_completion_length", "temperature", "top_k", "top_p", "min_p", "stop_strings")
         params = SamplingParams(**{name: getattr(self.grpo, name) for name in names})
+        run.check_longest([(ids, self.grpo.max_completion_length) for ids in run.tokens])
         self.sample = build_sampler(run.model, run.processor, params, run.config.rollout)
 
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastr1.training.stop import DEAD_RANK_SECONDS, RESUME, SAME_CTRL_C_SECONDS, SIGNALS
+from fastr1.training.stop import DEAD_RANK_SECONDS, RESUME, SAME_CTRL_C_SECONDS, SIGNALS, ignore_signals_at_exit
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
     0 where they all finished or a signal stopped them; else that of the first to fail, after which the others are given
     a few seconds before they are killed. Two Ctrl-C kill all at once (130).
     """
-    return _Processes(num_processes, arguments).wait()
+    code = _Processes(num_processes, arguments).wait()
+    ignore_signals_at_exit()
+    return code
 
 
 class _Processes:

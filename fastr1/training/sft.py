@@ -50,6 +50,7 @@ class SftTrainer:
     def __init__(self, run: TrainingRun[SftSample]) -> None:
         self.run = run
         self.distributed = run.distributed
+        run.check_longest([(prompt, len(answer)) for prompt, answer in run.tokens])
 
     def step(self, update: Update[SftSample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the samples. Returns metrics of all ranks."""

@@ -12,6 +12,7 @@ What the thread ends by itself, because no other code could:
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -148,6 +149,12 @@ class StopRequest:
         self._missed_since = self._missed_since or time.monotonic()
         if time.monotonic() > self._missed_since + DEAD_RANK_SECONDS:
             self.leave(f"rank {dead[0]} has died and this one cannot go on; {self.kept}", 1)
+
+
+def ignore_signals_at_exit() -> None:
+    """The work of this process is done: a signal while the interpreter cleans up changes nothing, the exit code
+    neither."""
+    atexit.register(lambda: [signal.signal(s, signal.SIG_IGN) for s in SIGNALS])
 
 
 _LISTENING: list[StopRequest] = []

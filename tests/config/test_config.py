@@ -343,6 +343,9 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["grpo.kl_estimator=k4"], "grpo.kl_estimator is 'k4'; choose from k1, k2, k3"),
         (["grpo.kl_estimator=k1"], "grpo.kl_estimator='k1' has no effect on loss_type='tinyllava_video_r1'"),
         (["model.dtype=bfloat16", "deepspeed.zero_optimization.stage=0"], "summed in it"),
+        (["task=sft", "grpo.beta=0.1"], "grpo.beta is 0.1, which task 'sft' does not read: leave it out"),
+        (["task=sft", 'reward.functions=["a:b"]'], "reward.functions is ['a:b'], which task 'sft' does not read"),
+        (["task=sft", "grpo.max_completion_length=9"], "grpo.max_completion_length is 9, which task 'sft' does not"),
     ],
 )
 def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str], part: str) -> None:
@@ -355,6 +358,7 @@ def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str],
         ["data.max_frames=8", "data.num_frames=-1"],
         ['reward.functions=["a:b"]', "reward.num_workers=2", "reward.timeout_seconds=0.5", "reward.timeout_reward=-1"],
         ["run.eval_steps=5", "data.eval_file=e.jsonl"],
+        ["task=sft", "run.eval_steps=5", "data.eval_file=e.jsonl", "grpo.max_completion_length=9"],
         ["grpo.loss_type=grpo", "grpo.epsilon=0", "grpo.epsilon_high=0.28", "grpo.delta=1.5"],
         ["grpo.loss_type=dr_grpo", "grpo.importance_sampling_level=sequence"],
         ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],

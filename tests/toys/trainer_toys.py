@@ -167,7 +167,7 @@ def write_world(folder: Path, seed: int = 0) -> Path:
 
 
 def make_config(world: Path, output_dir: Path, **changes: Any) -> TrainConfig:
-    """A GRPO run of two updates of four prompts with three completions each; changes as section__field=value."""
+    """A run of two updates of four prompts, of GRPO with three completions each; changes as section__field=value."""
     config = TrainConfig(
         model=ModelConfig(path=str(world / "base"), dtype="float32"),
         data=DataConfig(
@@ -190,6 +190,8 @@ def make_config(world: Path, output_dir: Path, **changes: Any) -> TrainConfig:
         ),
         run=RunConfig(output_dir=str(output_dir), report_to=("jsonl",), roofline=False),
     )
+    if changes.get("task") == "sft":
+        config = dataclasses.replace(config, reward=RewardConfig(), grpo=GRPOConfig())
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, _, key = name.partition("__")

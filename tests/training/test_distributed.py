@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import build_shm_op
 from distributed_toys import (
     NUM_UPDATES,
     OPTIM,
@@ -373,3 +376,13 @@ def test_world_size_needs_both_variables_of_a_launcher(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched_world_size() == size
+
+
+def test_deepspeed_tries_no_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It turns standard error off meanwhile, and what this program says then is lost."""
+    if get_accelerator().device_name() != "cpu":
+        pytest.skip("on a GPU it looks for no such operation")
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: pytest.fail("compilers were tried"))
+    make_engine(0).close()
+    assert build_shm_op() is None

@@ -49,6 +49,21 @@ with stop.watching():
     (folder / f"saved {rank}").touch()
 """
 WAIT = "while not stop: time.sleep(0.02)"
+# A run whose task is done at once, and a signal while its interpreter cleans up.
+DONE = """
+import atexit, os, signal, sys, types
+from pathlib import Path
+from fastr1.cli import run_config
+from fastr1.config import load_config
+from fastr1.training import launch
+numbers = signal.SIGINT, signal.SIGTERM
+atexit.register(lambda: print(*[os.kill(os.getpid(), n) or signal.getsignal(n).name for n in numbers]))
+if sys.argv[1] == "parent":
+    launch.SCRIPT = Path(os.devnull)
+    sys.exit(launch.run_processes(2, []))
+sys.modules["fastr1.training.grpo"] = types.SimpleNamespace(run_grpo=lambda config, stop: None)
+run_config(load_config(sys.argv[2]))
+"""
 
 
 class Run:
@@ -94,6 +109,13 @@ def test_a_signal_is_heard_while_the_main_thread_is_inside_another_library(tmp_p
     run = Run(tmp_path, "import _thread; lock = _thread.allocate_lock(); lock.acquire(); lock.acquire(timeout=0.6)")
     run.parent.send_signal(signal.SIGTERM)
     assert run.end() == (0, ["SIGTERM received: finishing this update, then saving"])
+
+
+@pytest.mark.parametrize("who", ["rank", "parent"])
+def test_a_signal_after_all_is_done_changes_nothing(who: str) -> None:
+    command = [sys.executable, "-c", DONE, who, str(ROOT / "configs" / "grpo.json")]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, preexec_fn=listen)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIG_IGN SIG_IGN\n", "")
 
 
 def test_second_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:

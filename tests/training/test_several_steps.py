@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastr1.models.tinyllava import TinyLlavaVideo
 from fastr1.schema import Batch, DataError
 from fastr1.training.distributed import DistributedModel
 from fastr1.training.grpo import GRPOTrainer, run_grpo
+from fastr1.training.sft import SftTrainer, run_sft
 from fastr1.training.visual import VisualTokens
 from fastr1_kernels import grpo_loss, selective_log_softmax
 
@@ -271,9 +274,36 @@ def test_groups_without_signal_are_counted_and_not_forwarded(
     assert metrics_of(tmp_path / "with")[0]["groups_without_signal"] == 0
 
 
-def test_prompt_beyond_a_micro_batch_is_refused_with_its_line_and_the_number(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"questions.jsonl:\d+: a prompt of \d+ tokens .* set it to \d+ or more"):
-        run_grpo(make_config(world, tmp_path, optim__max_tokens_per_micro_batch=20))
+@pytest.mark.parametrize("freeze", [("vision_tower",), ()])
+@pytest.mark.parametrize("task", ["grpo", "sft"])
+def test_sample_beyond_a_micro_batch_is_refused_before_the_first_update(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, freeze: tuple[str, ...]
+) -> None:
+    path, origin = tmp_path / "long.jsonl", r"long.jsonl:5"
+    if task == "grpo":
+        rows = [json.loads(line) for line in (world / "questions.jsonl").read_text().splitlines()]
+        rows[4]["problem"] += " word" * 40
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path, origin = tmp_path / "long.json", r"long.json\[4\]"
+        rows = json.loads((world / "coldstart.json").read_text())
+        rows[4]["conversations"][1]["value"] += " word" * 40
+        path.write_text(json.dumps(rows))
+
+    def run(budget: int) -> None:
+        data = {"data__train_file": str(path), "model__freeze": freeze}
+        config = make_config(world, tmp_path / "run", task=task, optim__max_tokens_per_micro_batch=budget, **data)
+        run_grpo(config) if task == "grpo" else run_sft(config)
+
+    for trainer in (GRPOTrainer, SftTrainer):
+        monkeypatch.setattr(trainer, "step", lambda self, update: pytest.fail("an update began"))
+    with pytest.raises(DataError, match=rf"{origin}: a prompt of \d+ tokens .* set it to \d+ or more") as error:
+        run(60)
+    enough = int(re.findall(r"set it to (\d+)", str(error.value))[0])
+    with pytest.raises(DataError, match=origin):
+        run(enough - 1)
+    with pytest.raises(pytest.fail.Exception, match="an update began"):
+        run(enough)
 
 
 @pytest.mark.parametrize(
