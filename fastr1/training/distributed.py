@@ -316,12 +316,10 @@ def _launcher_store(rank: int, world_size: int) -> dist.Store:
 
 def _quieten_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch renamed collectives that DeepSpeed calls by their old names, once per bucket and step.
+    # Warnings about renamed collectives, once per bucket and step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if get_accelerator().device_name() == "cpu":
-        # A C++ all-reduce for inference, never used in training. Building it takes most of a minute. Whether it can be
-        # built is looked up in a table, read here alone, which DeepSpeed would fill by trying a compiler for each of
-        # its operations, and with standard error turned off: the answer to a Ctrl-C was lost there.
+        # An all-reduce for inference, a minute to build. Looked up, the table tries compilers with stderr turned off.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 

@@ -36,7 +36,6 @@ from fastr1.training.distributed import DistributedModel, launched_world_size
 from fastr1.training.export import export_model
 from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
-from fastr1.training.packing import check_fits
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
 from fastr1.training.run_folder import holding_folder
@@ -184,26 +183,6 @@ class TrainingRun(Generic[S]):
             except Exception as error:
                 raised = keeper.rescue(error)
                 raise raised from (error.__cause__ if raised is error else error)
-
-    def check_longest(self, texts: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Refuses a sample that no micro-batch holds before the first update: that with most text, beside a video as
-        long as `data.num_frames` (one frame where that is -1). All ranks call it.
-
-        Args:
-            texts: of each sample, the ids of its prompt and the number of tokens that will follow it.
-
-        Raises: PackingError.
-        """
-        longest = max(range(len(texts)), key=lambda index: len(texts[index][0]) + texts[index][1])
-        ids, num_behind = texts[longest]
-        (blank,) = self.fill([None])
-        with torch.no_grad():
-            video = self.distributed(lambda model: list(model.visual_tokens([model.encode(blank)])))
-        with self.distributed.gathered_parameters():
-            (length,) = self.model.prompt_lengths([ids.to(self.distributed.device)], video)
-        with agreement(self.distributed):
-            budget = self.config.optim.max_tokens_per_micro_batch
-            check_fits(length, num_behind, budget, origin=self.samples[longest].origin)
 
     @contextmanager
     def _logging(self, start: int) -> Iterator[RunLogger]:
