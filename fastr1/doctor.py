@@ -134,7 +134,7 @@ def check_attention(config: TrainConfig) -> str:
     from fastr1.models.packed_attention import choose_packed_backend
     from fastr1.models.packed_layout import PackedLayout
     from fastr1.rollout import SamplingParams, build_sampler
-    from fastr1.training.loop import load_policy
+    from fastr1.training.policy import load_policy
     from fastr1_kernels.dispatch import uses_triton
 
     class Watch(TorchDispatchMode):

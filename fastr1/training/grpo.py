@@ -34,10 +34,12 @@ from fastr1.rollout import SamplingParams, build_sampler
 from fastr1.roofline import GroupWork, StepLimit, StepWork, describe_model, probe_machine
 from fastr1.schema import Batch, DataError, Rollout, Sample, Update
 from fastr1.training.agreement import agreement, on_every_rank
-from fastr1.training.loop import Rows, TrainingRun, load_policy
+from fastr1.training.longest import check_longest
+from fastr1.training.loop import Rows, TrainingRun
 from fastr1.training.oversampling import choose_groups, groups_with_signal, refill
 from fastr1.training.packing import MicroBatch, check_fits
 from fastr1.training.passes import OptimizerStep, compute_logps, compute_loss, plan_steps
+from fastr1.training.policy import load_policy
 from fastr1.training.stop import StopRequest
 from fastr1.training.visual import VisualTokens
 from fastr1_kernels import GRPOOutput, group_advantages
@@ -90,7 +92,7 @@ class GRPOTrainer:
             self.limit = StepLimit(shape, probe_machine(self.distributed.device, run.model.dtype))
         names = ("max_completion_length", "temperature", "top_k", "top_p", "min_p", "stop_strings")
         params = SamplingParams(**{name: getattr(self.grpo, name) for name in names})
-        run.check_longest([(ids, self.grpo.max_completion_length) for ids in run.tokens])
+        check_longest(run, [(ids, self.grpo.max_completion_length) for ids in run.tokens])
         self.sample = build_sampler(run.model, run.processor, params, run.config.rollout)
 
     def step(self, update: Update[Sample]) -> tuple[Metrics, Rows]:

@@ -21,7 +21,7 @@ from fastr1.config import DataConfig, TrainConfig, config_to_dict, save_config
 from fastr1.data.ledger import BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.evaluation.multiple_choice import summarise_answers
-from fastr1.models import Processor, VideoLanguageModel, apply_liger, load_model, load_processor
+from fastr1.models import Processor, load_processor
 from fastr1.models.devices import resolve_device
 from fastr1.reporting.frames import FrameRecorder, When
 from fastr1.reporting.hardware import write_hardware
@@ -32,11 +32,12 @@ from fastr1.schema import S, Update
 from fastr1.training.agreement import agreement, is_on_every_rank
 from fastr1.training.bad_data import BadData
 from fastr1.training.checkpoint import load_checkpoint
-from fastr1.training.distributed import DistributedModel, launched_world_size
+from fastr1.training.distributed import DistributedModel
 from fastr1.training.export import export_model
 from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
-from fastr1.training.packing import check_fits
+from fastr1.training.launched import launched_world_size
+from fastr1.training.policy import load_policy
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
 from fastr1.training.run_folder import holding_folder
@@ -185,26 +186,6 @@ class TrainingRun(Generic[S]):
                 raised = keeper.rescue(error)
                 raise raised from (error.__cause__ if raised is error else error)
 
-    def check_longest(self, texts: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Refuses a sample that no micro-batch holds before the first update: that with most text, beside a video as
-        long as `data.num_frames` (one frame where that is -1). All ranks call it.
-
-        Args:
-            texts: of each sample, the ids of its prompt and the number of tokens that will follow it.
-
-        Raises: PackingError.
-        """
-        longest = max(range(len(texts)), key=lambda index: len(texts[index][0]) + texts[index][1])
-        ids, num_behind = texts[longest]
-        (blank,) = self.fill([None])
-        with torch.no_grad():
-            video = self.distributed(lambda model: list(model.visual_tokens([model.encode(blank)])))
-        with self.distributed.gathered_parameters():
-            (length,) = self.model.prompt_lengths([ids.to(self.distributed.device)], video)
-        with agreement(self.distributed):
-            budget = self.config.optim.max_tokens_per_micro_batch
-            check_fits(length, num_behind, budget, origin=self.samples[longest].origin)
-
     @contextmanager
     def _logging(self, start: int) -> Iterator[RunLogger]:
         """The log of the run, open."""
@@ -351,15 +332,3 @@ class TrainingRun(Generic[S]):
             "unlogged": self._unlogged,
             "open": self._open,
         }
-
-
-def load_policy(config: TrainConfig) -> VideoLanguageModel:
-    """The model as trained, its frozen parts without gradient; also the reference."""
-    settings = config.model
-    model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
-    apply_liger(model.decoder, settings.use_liger_kernel)
-    model.freeze(settings.freeze)
-    model.packed_attn_implementation = settings.packed_attn_implementation
-    if settings.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    return model

@@ -21,6 +21,7 @@ from fastr1.models.texts import conversation_ids
 from fastr1.reporting.statistics import Metrics, TokenSums
 from fastr1.schema import DataError, SftSample, Update
 from fastr1.training.agreement import agreement, on_every_rank
+from fastr1.training.longest import check_longest
 from fastr1.training.loop import Rows, TrainingRun
 from fastr1.training.packing import MicroBatch, keep_step, pack_groups
 from fastr1.training.passes import completion_states
@@ -50,7 +51,7 @@ class SftTrainer:
     def __init__(self, run: TrainingRun[SftSample]) -> None:
         self.run = run
         self.distributed = run.distributed
-        run.check_longest([(prompt, len(answer)) for prompt, answer in run.tokens])
+        check_longest(run, [(prompt, len(answer)) for prompt, answer in run.tokens])
 
     def step(self, update: Update[SftSample]) -> tuple[Metrics, Rows]:
         """One update on this rank's share of the samples. Returns metrics of all ranks."""
