@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from fastr1.config import TrainConfig, loss_options
-from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
 from fastr1.models import VideoLanguageModel
 from fastr1.models.family import read_config
@@ -32,8 +31,8 @@ from fastr1.reporting.statistics import Metrics, TokenSums, mean_metrics, rollou
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, build_sampler
 from fastr1.roofline import GroupWork, StepLimit, StepWork, describe_model, probe_machine
-from fastr1.schema import Batch, DataError, Rollout, Sample, Update
-from fastr1.training.agreement import agreement, on_every_rank
+from fastr1.schema import Batch, Rollout, Sample, Update
+from fastr1.training.agreement import agreement
 from fastr1.training.longest import check_longest
 from fastr1.training.loop import Rows, TrainingRun
 from fastr1.training.oversampling import choose_groups, groups_with_signal, refill
@@ -222,12 +221,6 @@ class GRPOTrainer:
         # NaN: takes no part in the statistics.
         rewards = torch.tensor(batch.scored.rewards, dtype=torch.float64).masked_fill(~is_valid, torch.nan)
         everyone = torch.cat(self.distributed.gather_objects(rewards))
-        if everyone.isnan().all():
-            error = DataError(
-                f"update {step}: no video could be decoded, the first is {batch.samples[0].video_path}; repair "
-                f"the videos, {self.run.output_dir / BAD_SAMPLES_FILE} has the reasons"
-            )
-            raise on_every_rank(error)
         advantages = group_advantages(
             everyone,
             grpo.num_generations,
