@@ -125,7 +125,7 @@ def check_attention(config: TrainConfig) -> str:
     """What training and its rollouts compute attention with: the demo's base model, loaded, sampled from and trained on
     as the configuration says.
 
-    Returns: for each of them the setting, and the kernels that ran as torch or the library that has them names them.
+    Returns: for each of them the setting, and the kernels that ran, by the names that torch or their library has.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -297,9 +297,9 @@ def _quieten_deepspeed() -> None:
     # torch renamed collectives that DeepSpeed calls by their old names, once per bucket and step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if get_accelerator().device_name() == "cpu":
-        # A C++ all-reduce for inference, never used in training. Building it takes most of a minute. Whether it can be
-        # built is looked up in a table, read here alone, which DeepSpeed would fill by trying a compiler for each of
-        # its operations, and with standard error turned off: the answer to a Ctrl-C was lost there.
+        # A C++ all-reduce for inference, never used in training; building it takes most of a minute. DeepSpeed looks up
+        # in a table whether it can be built, of which it reads this entry alone. It would fill the table by trying a
+        # compiler for every operation, with standard error turned off, where the answer to a Ctrl-C is lost.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 

@@ -224,7 +224,8 @@ class TrainingRun(Generic[S]):
         if launched_world_size() > 1:
             ranks = self.distributed.gather_objects((machine_id(), self.distributed.rank, process_id()))
             self.stop.watch_peers([(rank, process) for machine, rank, process in ranks if machine == machine_id()])
-        with self._logging(start - (self._open is not None)) as log:  # whose rows may be half written
+        # The rows of an open update may be half written: they are written again.
+        with self._logging(start - (self._open is not None)) as log:
             self.distributed.barrier()
             self.stop.exits_at_once = False  # from here on ranks wait for each other
             if self._open is not None and (checkpoint := self._conclude(log, keeper)):
