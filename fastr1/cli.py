@@ -217,13 +217,13 @@ def _add_frames(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     example = "--model runs/demo/grpo/final --data-file runs/demo/data/test.jsonl --video-root runs/demo/data"
-    parser = _add(commands, "eval", _eval, "measure the accuracy of a checkpoint on held-out questions", example)
+    parser = _add(commands, "eval", _eval, "measure the accuracy of a model on held-out questions", example)
     add_eval_arguments(parser)
 
 
 def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     example = 'runs/demo/grpo/final clip.mp4 "Which way does the square go?\\nOptions:\\nA. left.\\nB. right."'
-    parser = _add(commands, "chat", _chat, "ask a checkpoint one question about one video", example)
+    parser = _add(commands, "chat", _chat, "ask a model one question about one video", example)
     add_chat_arguments(parser)
 
 

@@ -125,7 +125,7 @@ def check_attention(config: TrainConfig) -> str:
     """What training and its rollouts compute attention with: the demo's base model, loaded, sampled from and trained on
     as the configuration says.
 
-    Returns: for each of them the setting, and the kernels that ran as torch or the library that has them names them.
+    Returns: for each of them the setting, and the kernels that ran, by the names that torch or their library has.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,7 +134,7 @@ def check_attention(config: TrainConfig) -> str:
     from fastr1.models.packed_attention import choose_packed_backend
     from fastr1.models.packed_layout import PackedLayout
     from fastr1.rollout import SamplingParams, build_sampler
-    from fastr1.training.loop import load_policy
+    from fastr1.training.policy import load_policy
     from fastr1_kernels.dispatch import uses_triton
 
     class Watch(TorchDispatchMode):

@@ -77,7 +77,7 @@ class Rollout:
     completion_ids: torch.Tensor  # (B·G, T) int64, right-padded with the pad id
     completion_mask: torch.Tensor  # (B·G, T) bool, True up to and including the first end token
     sampler_logps: torch.Tensor  # (B·G, T) fp32 log-probability under the distribution that was sampled from
-    full_logps: torch.Tensor  # (B·G, T) fp32, the sampler's, of all tokens at its temperature: what a trainer scores
+    full_logps: torch.Tensor  # (B·G, T) fp32 under the softmax of the whole vocabulary, as a trainer scores them
     is_truncated: torch.Tensor  # (B·G,) bool: ran into the length limit without an end token
     texts: list[str]  # decoded, special tokens removed, stripped
     metrics: dict[str, float] = field(default_factory=dict)  # how it went: tokens per second and such

@@ -34,7 +34,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control",
         choices=get_args(Control),
-        help="show something else than the clips: what the model knows without looking at them",
+        help="show something other than the clips: what the model knows without looking at them",
     )
     policy, bound = DataConfig.policy, DataConfig.max_bad_fraction
     parser.add_argument(
@@ -57,7 +57,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """What `chat` takes."""
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    parser.add_argument("model", metavar="MODEL", help="model folder, such as final/ of a run")
     parser.add_argument("video", metavar="VIDEO", help="video file")
     parser.add_argument("question", metavar="QUESTION", help='the question; "\\n" starts a new line')
     _add_how_to_ask(parser)
@@ -65,7 +65,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_how_to_ask(parser: argparse.ArgumentParser) -> None:
     frames, length = DataConfig.num_frames, GRPOConfig.max_completion_length
-    asked = parser.add_argument_group("what is shown", "by default as in training, which the checkpoint folder records")
+    asked = parser.add_argument_group("what is shown", "by default as in training, which the model folder records")
     asked.add_argument("--num-frames", type=_frames, help=f"-1: one per second (nothing recorded: {frames})")
     asked.add_argument("--max-frames", type=positive, help="at most, with one per second (nothing recorded: no limit)")
     asked.add_argument(

@@ -138,7 +138,7 @@ def _write_answers(file: Path, summary: dict[str, float], answers: list[Answer],
 
 
 def _check_output(file: Path) -> None:
-    """Now, rather than when all questions are answered. A file that is there keeps its content."""
+    """Refuses it now rather than after the last question. A file that is already there keeps its content."""
     is_new = not file.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

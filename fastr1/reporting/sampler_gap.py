@@ -5,7 +5,7 @@ that computes another model. That top_k, top_p and min_p draw from a part of it 
 
 With Δ = log p_trainer − log p_sampler of a token and w = exp(Δ): the mean of |Δ|; k3 = w − 1 − Δ, an estimate of
 KL(sampler ‖ trainer) that is never negative; the largest w; the effective sample size (Σw)² / (n·Σw²), 1 where both
-agree, which says what share of the samples weights of w would leave.
+agree: how many samples would be left, in effect, if they were weighed by w, as a share of all.
 """
 
 from __future__ import annotations

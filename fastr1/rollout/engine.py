@@ -168,7 +168,7 @@ class RolloutEngine:
             self._is_warm = True
 
     def _make_arenas(self, room: Room, dtype: torch.dtype, device: torch.device) -> None:
-        """Once it is sure that the room is there; for what the last ones held too, where all of it fits."""
+        """New arenas, once it is certain that they fit; large enough for what the last ones held too, if that fits."""
         last = None if self._arenas is None else self._arenas.room
         self.release()  # before there are others
         free = free_bytes(device)

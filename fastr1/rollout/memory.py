@@ -13,6 +13,11 @@ from fastr1.models.family import DecoderLayout
 from fastr1.rollout.rows import rows_of_step
 
 _GIB = 2**30
+# Where the number of prompts comes from.
+_PROMPTS = (
+    "optim.per_device_train_batch_size × grpo.steps_per_generation, which is optim.gradient_accumulation_steps unless "
+    "set; in an evaluation run.per_device_eval_batch_size or --batch-size"
+)
 
 
 class RolloutMemoryError(ValueError):
@@ -82,16 +87,17 @@ class RolloutPlan:
         ways = []
         for setting, field, least in (
             ("rollout.num_speculative_tokens", "rows_per_completion", 1),
-            ("optim.per_device_train_batch_size", "num_prompts", 1),
+            ("the number of prompts", "num_prompts", 1),
             ("grpo.max_completion_length", "completion_length", 1),
             ("grpo.num_generations", "num_generations", 2),
         ):
             number = self._largest(field, free_bytes)
             if number >= least:
-                ways.append(f"{setting} to {number - (field == 'rows_per_completion')} or less")
+                way = f"{setting} to {number - (field == 'rows_per_completion')} or less"
+                ways.append(f"{way} ({_PROMPTS})" if field == "num_prompts" else way)
         if not ways:
             return "one prompt alone does not fit; use fewer frames or a GPU with more memory"
-        return f"lower {', or '.join(ways)}; an evaluation takes its prompts from --batch-size"
+        return f"lower {', or '.join(ways)}"
 
     def _largest(self, field: str, free_bytes: int) -> int:
         """The largest value of a field, up to its own, that fits; 0: none does."""

@@ -10,7 +10,7 @@ import torch
 from fastr1.config import GRPOConfig
 from fastr1.models import VideoLanguageModel
 
-_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what a text has where bytes are none
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are no character
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def find_stop(
         return any(stop in text for stop in stop_strings)
 
     text = decode(token_ids)
-    # As nearly always: one text, not one for every token that is new. Half a character may take those before it along.
+    # Nearly always this is all: one text, not one for every new token. Half a character at the end may hide what is
+    # before it, so then each is looked at.
     if not has_stop(text) and _NO_CHARACTER not in text:
         return None
     lengths = range(num_checked + 1, len(token_ids) + 1)

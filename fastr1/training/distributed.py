@@ -37,7 +37,7 @@ from torch import nn
 from fastr1.config import OptimConfig
 from fastr1.training.agreement import agreement, collected_write_errors, on_every_rank
 from fastr1.training.deepspeed_config import check_deepspeed_keys, complete_config
-from fastr1.training.launch import STORE_FD
+from fastr1.training.launched import is_launched, launched_world_size, place_of_launcher
 from fastr1.training.schedule import build_scheduler
 
 # Rollouts of different length make ranks wait for each other far longer than the default of ten minutes.
@@ -270,18 +270,6 @@ class DistributedModel:
             deepspeed.comm.destroy_process_group()
 
 
-def launched_world_size() -> int:
-    """Number of processes of this run, known before any `DistributedModel` exists."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
-
-
-def _is_launched() -> bool:
-    """Whether a launcher set both variables; one alone is a leftover of something else."""
-    return bool(os.environ.get("RANK")) and bool(os.environ.get("WORLD_SIZE"))
-
-
 def init_process_group() -> bool:
     """Make torch and DeepSpeed agree on a process group; True if this call created it.
 
@@ -290,13 +278,10 @@ def init_process_group() -> bool:
     _quieten_deepspeed()
     created = not dist.is_initialized()
     backend = get_accelerator().communication_backend_name()
-    if created and _is_launched():
+    if created and is_launched():
         device = _local_device()
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        bind = device if device.type == "cuda" and world_size > 1 else None
-        place: dict[str, Any] = {}
-        if os.environ.get(STORE_FD):
-            place = {"store": _launcher_store(rank, world_size), "rank": rank, "world_size": world_size}
+        bind = device if device.type == "cuda" and launched_world_size() > 1 else None
+        place = place_of_launcher(PROCESS_GROUP_TIMEOUT)
         dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, device_id=bind, **place)
     elif created:
         # An in-memory store needs no port, so single-process runs never collide.
@@ -307,19 +292,14 @@ def init_process_group() -> bool:
     return created
 
 
-def _launcher_store(rank: int, world_size: int) -> dist.Store:
-    """The store of `launch.py`, which has opened its port."""
-    fd = int(os.environ[STORE_FD]) if rank == 0 else None
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, world_size, rank == 0, PROCESS_GROUP_TIMEOUT, master_listen_fd=fd)
-
-
 def _quieten_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Warnings about renamed collectives, once per bucket and step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if get_accelerator().device_name() == "cpu":
-        # An all-reduce for inference, a minute to build. Looked up, the table tries compilers with stderr turned off.
+        # A C++ all-reduce for inference, never used in training; building it takes most of a minute. DeepSpeed looks up
+        # in a table whether it can be built, of which it reads this entry alone. It would fill the table by trying a
+        # compiler for every operation, with standard error turned off, where the answer to a Ctrl-C is lost.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 

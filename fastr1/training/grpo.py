@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from fastr1.config import TrainConfig, loss_options
-from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.questions import load_questions
 from fastr1.models import VideoLanguageModel
 from fastr1.models.family import read_config
@@ -32,13 +31,14 @@ from fastr1.reporting.statistics import Metrics, TokenSums, mean_metrics, rollou
 from fastr1.rewards import build_scorer
 from fastr1.rollout import SamplingParams, build_sampler
 from fastr1.roofline import GroupWork, StepLimit, StepWork, describe_model, probe_machine
-from fastr1.schema import Batch, DataError, Rollout, Sample, Update
-from fastr1.training.agreement import agreement, on_every_rank
+from fastr1.schema import Batch, Rollout, Sample, Update
+from fastr1.training.agreement import agreement
 from fastr1.training.longest import check_longest
-from fastr1.training.loop import Rows, TrainingRun, load_policy
+from fastr1.training.loop import Rows, TrainingRun
 from fastr1.training.oversampling import choose_groups, groups_with_signal, refill
 from fastr1.training.packing import MicroBatch, check_fits
 from fastr1.training.passes import OptimizerStep, compute_logps, compute_loss, plan_steps
+from fastr1.training.policy import load_policy
 from fastr1.training.stop import StopRequest
 from fastr1.training.visual import VisualTokens
 from fastr1_kernels import GRPOOutput, group_advantages
@@ -221,12 +221,6 @@ class GRPOTrainer:
         # NaN: takes no part in the statistics.
         rewards = torch.tensor(batch.scored.rewards, dtype=torch.float64).masked_fill(~is_valid, torch.nan)
         everyone = torch.cat(self.distributed.gather_objects(rewards))
-        if everyone.isnan().all():
-            error = DataError(
-                f"update {step}: no video could be decoded, the first is {batch.samples[0].video_path}; repair "
-                f"the videos, {self.run.output_dir / BAD_SAMPLES_FILE} has the reasons"
-            )
-            raise on_every_rank(error)
         advantages = group_advantages(
             everyone,
             grpo.num_generations,

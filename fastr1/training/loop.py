@@ -21,7 +21,7 @@ from fastr1.config import DataConfig, TrainConfig, config_to_dict, save_config
 from fastr1.data.ledger import BadSampleLedger, LoadedSamples, tokenize_samples
 from fastr1.data.order import SampleOrder
 from fastr1.evaluation.multiple_choice import summarise_answers
-from fastr1.models import Processor, VideoLanguageModel, apply_liger, load_model, load_processor
+from fastr1.models import Processor, load_processor
 from fastr1.models.devices import resolve_device
 from fastr1.reporting.frames import FrameRecorder, When
 from fastr1.reporting.hardware import write_hardware
@@ -32,10 +32,12 @@ from fastr1.schema import S, Update
 from fastr1.training.agreement import agreement, is_on_every_rank
 from fastr1.training.bad_data import BadData
 from fastr1.training.checkpoint import load_checkpoint
-from fastr1.training.distributed import DistributedModel, launched_world_size
+from fastr1.training.distributed import DistributedModel
 from fastr1.training.export import export_model
 from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
+from fastr1.training.launched import launched_world_size
+from fastr1.training.policy import load_policy
 from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
 from fastr1.training.resume import run_settings
 from fastr1.training.run_folder import holding_folder
@@ -222,7 +224,8 @@ class TrainingRun(Generic[S]):
         if launched_world_size() > 1:
             ranks = self.distributed.gather_objects((machine_id(), self.distributed.rank, process_id()))
             self.stop.watch_peers([(rank, process) for machine, rank, process in ranks if machine == machine_id()])
-        with self._logging(start - (self._open is not None)) as log:  # whose rows may be half written
+        # The rows of an open update may be half written: they are written again.
+        with self._logging(start - (self._open is not None)) as log:
             self.distributed.barrier()
             self.stop.exits_at_once = False  # from here on ranks wait for each other
             if self._open is not None and (checkpoint := self._conclude(log, keeper)):
@@ -330,15 +333,3 @@ class TrainingRun(Generic[S]):
             "unlogged": self._unlogged,
             "open": self._open,
         }
-
-
-def load_policy(config: TrainConfig) -> VideoLanguageModel:
-    """The model as trained, its frozen parts without gradient; also the reference."""
-    settings = config.model
-    model = load_model(settings.path, dtype=settings.dtype, attn_implementation=settings.attn_implementation)
-    apply_liger(model.decoder, settings.use_liger_kernel)
-    model.freeze(settings.freeze)
-    model.packed_attn_implementation = settings.packed_attn_implementation
-    if settings.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    return model

@@ -40,7 +40,7 @@ def holding_folder(distributed: DistributedModel, folder: Path, *, is_resumed: b
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """The lock is that of the process: one that is killed leaves none behind."""
+    """The lock belongs to the process: one that is killed leaves none behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
         try:

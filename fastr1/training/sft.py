@@ -14,13 +14,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fastr1.config import TrainConfig
-from fastr1.data.bad_samples import BAD_SAMPLES_FILE
 from fastr1.data.conversations import load_conversations
 from fastr1.models import VideoLanguageModel
 from fastr1.models.texts import conversation_ids
 from fastr1.reporting.statistics import Metrics, TokenSums
-from fastr1.schema import DataError, SftSample, Update
-from fastr1.training.agreement import agreement, on_every_rank
+from fastr1.schema import SftSample, Update
+from fastr1.training.agreement import agreement
 from fastr1.training.longest import check_longest
 from fastr1.training.loop import Rows, TrainingRun
 from fastr1.training.packing import MicroBatch, keep_step, pack_groups
@@ -59,12 +58,6 @@ class SftTrainer:
         with timer.phase("vision"):
             visual = VisualTokens(distributed, self.run.encode(self.run.fill(update.pixels)))
         num_samples = distributed.sum_across_ranks(torch.tensor(float(sum(update.is_valid)))).item()
-        if num_samples == 0:
-            reasons = self.run.output_dir / BAD_SAMPLES_FILE
-            error = DataError(
-                f"update {update.step}: no video could be decoded; repair them, {reasons} has the reasons"
-            )
-            raise on_every_rank(error)
         pairs = [self.run.tokens[i] for i in update.indices]
         prompt_ids = [prompt.to(device) for prompt, _ in pairs]
         answers = pad_sequence([answer for _, answer in pairs], batch_first=True).to(device)

@@ -152,8 +152,8 @@ class StopRequest:
 
 
 def ignore_signals_at_exit() -> None:
-    """The work of this process is done: a signal while the interpreter cleans up changes nothing, the exit code
-    neither."""
+    """To be called when the work of this process is done: from then on a signal that comes while the interpreter cleans
+    up changes nothing, not even the exit code."""
     atexit.register(lambda: [signal.signal(s, signal.SIG_IGN) for s in SIGNALS])
 
 

@@ -19,7 +19,7 @@ from fastr1.video.decoders import load_clip
 
 T = TypeVar("T")
 R = TypeVar("R")
-_ONE_AT_A_TIME = Lock()  # reads the number of threads, changes it and puts it back
+_THREADS_LOCK = Lock()  # held while torch's number of threads is read, changed and put back
 
 
 def load_pixels(
@@ -31,8 +31,8 @@ def load_pixels(
 ) -> torch.Tensor:
     """The frames of a video as the vision tower takes them, on `device`. Thread-safe.
 
-    `note` is given the clip before its frames are resized. On a GPU it all happens in a stream of its own and is done
-    when this returns: decoder and copies wait for their stream, which in that of the training would be for a step.
+    `note` is given the clip before its frames are resized. On a GPU all of this runs in a stream of its own and has
+    finished when this returns: in the stream of the training, decoder and copies would wait for the step queued there.
     Raises: VideoError where it cannot be decoded.
     """
     if device.type == "cuda":
@@ -45,7 +45,7 @@ def load_pixels(
     return _load(path, data, preprocess_frames, device, note)
 
 
-@functools.cache  # one for all threads: memory that one stream has freed is not there for another
+@functools.cache  # one for all threads: memory that was freed in one stream is not reused in another
 def _loading_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
@@ -69,7 +69,7 @@ class ClipPrefetcher(Generic[T, R]):
     Results and their order do not depend on `num_threads`. What `load` raises is raised again when its item is due;
     iteration can go on with the item after it. `items` is read in the calling thread, at most `depth` ahead.
     Threads, not processes: decoding releases the GIL, and a CUDA decoder does not survive a fork. In each of them torch
-    computes in that thread alone.
+    computes without a thread pool.
     Use as a context manager: leaving it cancels what has not begun and waits for what has.
     """
 
@@ -83,9 +83,7 @@ class ClipPrefetcher(Generic[T, R]):
         self._exhausted = False
         self._items_error: Exception | None = None  # raised by `items`, due after the items before it
         self._aborted = False  # closed before the last item was given out
-        self._pool = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="clip-prefetch", initializer=_compute_without_helpers
-        )
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="clip-prefetch", initializer=_use_one_thread)
 
     def __enter__(self) -> ClipPrefetcher[T, R]:
         self._fill()
@@ -132,15 +130,15 @@ class ClipPrefetcher(Generic[T, R]):
                 self._pending.append((item, self._pool.submit(self._load, item)))
 
 
-def _compute_without_helpers() -> None:
-    """Torch computes in the calling thread alone; other threads, also new ones, keep the number that they have.
+def _use_one_thread() -> None:
+    """Torch computes without a thread pool in the calling thread; other threads, also new ones, keep theirs.
 
-    With helpers of its own every thread would have more of them than there are cores, and the many short products of a
-    resize would each wait for all.
+    If every loading thread had a pool, there would be more threads than cores, and each of the many short products of a
+    resize would wait for the slowest of its pool.
     """
-    with _ONE_AT_A_TIME:
+    with _THREADS_LOCK:
         num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # here, but also in threads that have not used torch yet
-        undo = Thread(target=torch.set_num_threads, args=(num_threads,))  # not here any more
+        torch.set_num_threads(1)  # of this thread, and of every thread that has not used torch yet
+        undo = Thread(target=torch.set_num_threads, args=(num_threads,))  # for those; this one keeps its 1
         undo.start()
         undo.join()

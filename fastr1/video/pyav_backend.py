@@ -33,9 +33,9 @@ _Images = dict[int, tuple[float | None, np.ndarray]]
 _MARKS_UNREFERENCED = ("h264", "mpeg4")
 
 
-# Opening a file decodes some frames to learn what decoding tells again (20 ms at 720p): not of its first eight streams.
-# `Any`: PyAV's stub takes these for strings. Only where the header names all streams: PyAV frees an option of every
-# stream, also of those that FFmpeg finds later (FLV, MPEG-PS), for which it has none, and the process dies.
+# Opening a file decodes some frames to learn what decoding tells anyway (20 ms at 720p); these options prevent that for
+# the first eight streams. Only for formats whose header names all streams: PyAV frees one option per stream, and for a
+# stream that FFmpeg finds later (FLV, MPEG-PS) there is none: the process dies. `Any`: PyAV's stub says strings.
 _NO_PROBING: Any = [{"skip_frame": "all"}] * 8
 _MP4, _MATROSKA = b"ftyp", b"\x1a\x45\xdf\xa3"  # from byte 4 and from byte 0 on
 

@@ -22,7 +22,7 @@ def resize_frames(
     height: int,
     width: int,
 ) -> torch.Tensor:  # (F, 3, height, width) uint8
-    """Bicubic, antialiased, straight to this size; bit for bit as Pillow 13. Thread-safe; on a CPU without the GIL.
+    """Bicubic, antialiased, straight to this size; bit for bit as Pillow 13. Thread-safe; a CPU releases the GIL.
 
     Frames that have this size are returned as they are, not copied.
     """
@@ -32,7 +32,8 @@ def resize_frames(
     if frames.device.type != "cpu":
         num_together, resize = CHUNK_ELEMENTS // frames[0].numel(), _resize_by_doubles
     elif bytes_are_exact():
-        first, new_size = axes[0]  # as many lines as the other axis is long; then as many as this one has become
+        # Lines of a frame: three colours, times the length of the other axis, which is the new one for the second axis.
+        first, new_size = axes[0]
         num_lines = 3 * max(frames.shape[5 - first], new_size)
         num_together, resize = CHUNK_LINES // num_lines, _resize_by_bytes
     else:

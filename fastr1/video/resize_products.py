@@ -2,9 +2,9 @@
 
 Pillow's filter weights are whole numbers of 22 bits; an output is a weighted sum of a short window of inputs, rounded.
 The outputs are cut into blocks that share a window, so the matrices are small. A GPU multiplies them in float64, which
-holds the sums exactly. On a CPU a weight is cut into three bytes and an input is centered on zero; the
-three products are of signed bytes, their sums of 32 bits, exact too, and together they are (high · 256 + middle) · 256
-+ low. Nothing depends on the order of summation or on the device.
+holds the sums exactly. On a CPU a weight is cut into three signed bytes and an input is centered on zero; the three
+products of bytes are summed in 32 bits, exactly too, and put together as (high · 256 + middle) · 256 + low, which also
+fits into 32 bits. So nothing depends on the order of summation or on the device.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def resize_by_bytes(
 
 @functools.cache
 def bytes_are_exact() -> bool:
-    """Whether this CPU multiplies signed bytes fast and adds the products up without cutting sums at 16 bits, as CPUs
-    without VNNI do; the extremes are tried, because what oneDNN uses of the CPU may have been restricted."""
+    """Whether this CPU multiplies signed bytes fast and exactly. CPUs without VNNI cut the sums of two products at 16
+    bits; the extremes are tried even with VNNI, because oneDNN may have been told not to use it."""
     if not (torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
         return False
     weights = torch.full((3 * BLOCK_OF_BYTES, 64), 127, dtype=torch.int8, device="cpu")
@@ -81,8 +81,8 @@ def _tables_of_bytes(in_size: int, out_size: int) -> tuple[list[int], torch.Tens
     128 · (sum of the weights - 1), because inputs and outputs are held 128 too small."""
     starts, weights = _blocks(in_size, out_size, BLOCK_OF_BYTES)
     low = ((weights + 128) & 255) - 128
-    middle = (((weights - low >> 8) + 128) & 255) - 128
-    high = weights - low - (middle << 8) >> 16
+    middle = ((((weights - low) >> 8) + 128) & 255) - 128
+    high = (weights - low - (middle << 8)) >> 16
     constants = 128 * (weights.sum(2, keepdims=True) - (1 << WEIGHT_BITS)) + (1 << (WEIGHT_BITS - 1))
     parts = np.concatenate([high, middle, low], axis=1).astype(np.int8)
     return starts.tolist(), torch.from_numpy(parts), torch.from_numpy(constants.astype(np.int32))

@@ -168,6 +168,7 @@ def _check_attention(
     max_group: int,
     max_suffix_length: int,
 ) -> None:
+    """Raises ValueError as `decode_attention`, which has the shapes."""
     _require_inference(q, prefix_k, suffix_k)
     if q.dim() != 3 or prefix_k.dim() != 4 or suffix_k.dim() != 4:
         raise ValueError(
@@ -213,6 +214,7 @@ def _check_rotation(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> None:
+    """Raises ValueError as `rope_and_store`, which has the shapes."""
     _require_inference(q, k, v)
     if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4 or cos.dim() != 2:
         raise ValueError(

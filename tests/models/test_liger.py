@@ -41,7 +41,7 @@ from twin_toys import Forward, packed_logits, padded_logits
 from fastr1.config import ConfigError
 from fastr1.models import liger
 from fastr1.models.liger import apply_liger, resolve_liger, use_liger_layers
-from fastr1.training.loop import load_policy
+from fastr1.training.policy import load_policy
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 CPU = torch.device("cpu")

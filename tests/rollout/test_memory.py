@@ -40,16 +40,19 @@ def test_what_cannot_fit_says_what_to_lower_and_to_what() -> None:
     free = plan.total_bytes // 2
     with pytest.raises(RolloutMemoryError, match="64 prompts of up to 612 tokens") as caught:
         plan.check_fits(free)
-    words = str(caught.value).replace(",", "").split()
+    message = str(caught.value)
     for setting, field in (
-        ("optim.per_device_train_batch_size", "num_prompts"),
+        ("the number of prompts", "num_prompts"),
         ("grpo.max_completion_length", "completion_length"),
         ("grpo.num_generations", "num_generations"),
     ):
-        value = int(words[words.index(setting) + 2])
+        value = int(message.partition(f"{setting} to ")[2].split()[0])
         replace(plan, **{field: value}).check_fits(free)
         with pytest.raises(RolloutMemoryError):
             replace(plan, **{field: value + 1}).check_fits(free)
+    # all that the number of prompts comes from
+    for name in ("train_batch_size", "steps_per_generation", "accumulation_steps", "eval_batch_size", "--batch-size"):
+        assert name in message
     with pytest.raises(RolloutMemoryError, match="one prompt alone"):
         plan.check_fits(1000)
 
@@ -61,7 +64,7 @@ def test_plan_counts_the_rows_of_guesses() -> None:
     assert replace(plan, num_prompts=16).logits_bytes == 512 * 151_936 * 8
     assert replace(plan, num_prompts=80).logits_bytes == 640 * 151_936 * 8
     free = replace(plan, rows_per_completion=6).total_bytes
-    with pytest.raises(RolloutMemoryError, match=r"lower rollout\.num_speculative_tokens to 5 or less, or optim"):
+    with pytest.raises(RolloutMemoryError, match=r"lower rollout\.num_speculative_tokens to 5 or less, or the number"):
         plan.check_fits(free)
     with pytest.raises(RolloutMemoryError) as caught:
         replace(plan, rows_per_completion=1).check_fits(plan.total_bytes // 20)

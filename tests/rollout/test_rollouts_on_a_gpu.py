@@ -70,6 +70,6 @@ def test_log_probabilities_in_bfloat16_are_those_of_a_padded_forward() -> None:
         with torch.no_grad():
             logits = model.padded_logits(prompts, tokens, ids, mask).float()
         expected = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        gap = (rollout.sampler_logps - expected)[mask].abs()
+        gap = (rollout.full_logps - expected)[mask].abs()
         assert gap.mean() < 0.03
         change(model)

@@ -34,8 +34,8 @@ from fastr1.training.distributed import (
     DistributedModel,
     NonFiniteGradientError,
     build_deepspeed_config,
-    launched_world_size,
 )
+from fastr1.training.launched import launched_world_size
 
 STAGES = (0, 1, 2, 3)
 FROZEN = ("vision_tower.weight", "vision_tower.bias")

@@ -391,13 +391,6 @@ def test_skipped_video_contributes_nothing(world: Path, tmp_path: Path, loss_typ
     assert states[0][1] == pytest.approx(states[1][1], rel=1e-5, abs=1e-6)
 
 
-def test_update_without_any_video_is_an_error(world: Path, tmp_path: Path) -> None:
-    with TrainingRun[Sample](make_config(world, tmp_path), load_questions, prompt_ids) as run:
-        update = Update(7, run.samples[:2], [0, 1], [0, 1], [None, None])
-        with pytest.raises(DataError, match=r"update 7: no video could be decoded.*0\.mp4"):
-            GRPOTrainer(run).step(update)
-
-
 # What a run leaves behind
 
 
