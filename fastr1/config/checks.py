@@ -87,7 +87,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.adam_beta2": _DECAY,
     "optim.adam_epsilon": _ABOVE_ZERO,
     "optim.max_grad_norm": (lambda value: value >= 0, "0 or more; 0 does not clip"),
-    "optim.num_train_epochs": _ABOVE_ZERO,
+    "optim.num_train_epochs": (lambda value: 0 < value <= 1e9, "more than 0 and at most 1e9"),
     "optim.max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1 to use optim.num_train_epochs"),
     "optim.per_device_train_batch_size": _AT_LEAST_ONE,
     "optim.gradient_accumulation_steps": _AT_LEAST_ONE,
@@ -137,8 +137,8 @@ def check_value(key: str, value: Any) -> None:
             raise ConfigError(f"{key} is {show(value)}; it must be finite")
         if type(item) is int and abs(item) >= 2**63:
             raise ConfigError(f"{key} is {show(value)}; it must be less than 2**63")
-        if isinstance(item, str) and any("\ud800" <= character <= "\udfff" for character in item):
-            raise ConfigError(f"{key} is {show(value)}; it holds half of a surrogate pair, a character cut off")
+        if isinstance(item, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in item):
+            raise ConfigError(f"{key} is {show(value)}; it holds a zero byte or half of a surrogate pair: remove it")
     if key in _PATHS and value is not None and value.split("/")[0] == "~":
         written = os.path.expanduser(value)
         raise ConfigError(f"{key} is {value!r}; ~ is a name like any other here, write {written!r}")

@@ -118,8 +118,8 @@ def how_to_ask(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more, less than 2**63")
     return int(text)
 
 
@@ -148,8 +148,8 @@ def _share(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more, less than 2**63")
     return int(text)
 
 

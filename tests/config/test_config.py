@@ -255,6 +255,7 @@ LIMITS = [
     ("optim.adam_epsilon", "1e-12", "0"),
     ("optim.max_grad_norm", "0", "-1"),
     ("optim.num_train_epochs", "0.5", "0"),
+    ("optim.num_train_epochs", "1e9", "1e10"),
     ("optim.max_steps", "-1", "0"),
     ("optim.max_steps", "1", "-2"),
     ("optim.per_device_train_batch_size", "1", "0"),
@@ -417,7 +418,8 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["data.eval_file="], "data.eval_file is ''; it must be an annotation file or null"),
         (["data.eval_file=e", "data.eval_video_root="], "data.eval_video_root is ''; it must be a folder, or null for"),
         (["run.save_steps=9223372036854775808"], "run.save_steps is 9223372036854775808; it must be less than 2**63"),
-        (['data.instruction="cut \\ud83d"'], "data.instruction is 'cut \\ud83d'; it holds half of a surrogate pair"),
+        (['data.instruction="cut \\ud83d"'], "data.instruction is 'cut \\ud83d'; it holds a zero byte or half of a"),
+        (['run.output_dir="a\\u0000b"'], "run.output_dir is 'a\\x00b'; it holds a zero byte"),
         (
             ["deepspeed.zero_allow_untested_optimizer=false"],
             "zero_allow_untested_optimizer is False; it is always true",
