@@ -255,6 +255,24 @@ def test_eval_prints_the_summary_and_honours_its_options(
     assert answers[1] != answers[0] != answers[2]
 
 
+@pytest.mark.parametrize("option", ["--seed", "--limit", "--batch-size", "--max-completion-length"])
+def test_a_number_that_no_machine_counts_to_is_refused(
+    world: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    files = ["--model", str(world / "base"), "--data-file", str(world / "questions.jsonl"), "--video-root", str(world)]
+    with pytest.raises(SystemExit):
+        cli.main(["eval", *files, "--temperature", "1", option, str(2**63)])
+    assert f"argument {option}: '{2**63}' is not a whole number of" in capsys.readouterr().err
+
+
+def test_eval_refuses_a_bound_that_nothing_is_held_to(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--model", str(world / "base"), "--data-file", str(world / "questions.jsonl"), "--video-root", str(world)]
+    options = ["--num-frames", "4", "--limit", "1", "--max-completion-length", "2", "--device", "cpu"]
+    assert cli.main(["eval", *files, *options, "--max-bad-fraction", "0.5"]) == 2
+    assert "--max-bad-fraction 0.5 has no effect without --policy skip" in capsys.readouterr().err
+    assert cli.main(["eval", *files, *options, "--max-bad-fraction", "0.5", "--policy", "skip"]) == 0
+
+
 def test_chat_prints_the_text(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(world / "base"), str(world / "0.mp4")]
     options = ["--num-frames", "4", "--max-completion-length", "5", "--device", "cpu", "--instruction", ""]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
 from fastr1.config.fields import GRPOConfig, ModelPart, RewardConfig, TrainConfig, choices_of
 from fastr1.config.losses import loss_options
+from fastr1.config.unread import show, unread_settings
 
 
 class ConfigError(ValueError):
@@ -33,6 +35,13 @@ DEEPSPEED_OWNED_KEYS = {
     "data_efficiency": "run.seed",
 }
 
+# What else of DeepSpeed's has one value here.
+_DEEPSPEED_ALWAYS = {
+    ("zero_allow_untested_optimizer",): True,
+    ("zero_force_ds_cpu_optimizer",): False,
+    ("compile", "deepcompile"): False,
+}
+
 _AT_LEAST_ZERO: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "0 or more")
 _ABOVE_ZERO: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "more than 0")
 _AT_LEAST_ONE: tuple[Callable[[Any], bool], str] = (lambda value: value >= 1, "1 or more")
@@ -40,12 +49,19 @@ _SHARE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value <= 1, "bet
 _DECAY: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
 _GIVEN: tuple[Callable[[Any], bool], str] = (lambda value: value != "", "set; it has no default")
 
+_PATHS = (
+    *("model.path", "data.train_file", "data.video_root", "data.eval_file", "data.eval_video_root"),
+    *("run.output_dir", "run.resume_from_checkpoint"),
+)
+
 # None always passes: it is only reachable where the field allows it.
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.path": _GIVEN,
     "model.attn_implementation": _GIVEN,
     "data.train_file": _GIVEN,
     "data.video_root": (lambda value: value != "", 'set; "." is the current directory'),
+    "data.eval_file": (lambda value: value != "", "an annotation file or null"),
+    "data.eval_video_root": (lambda value: value != "", "a folder, or null for data.video_root"),
     "data.num_frames": (lambda value: value == -1 or value >= 1, "1 or more, or -1 for one frame per second"),
     "data.max_frames": _AT_LEAST_ONE,
     "data.max_bad_fraction": _SHARE,
@@ -71,7 +87,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.adam_beta2": _DECAY,
     "optim.adam_epsilon": _ABOVE_ZERO,
     "optim.max_grad_norm": (lambda value: value >= 0, "0 or more; 0 does not clip"),
-    "optim.num_train_epochs": _ABOVE_ZERO,
+    "optim.num_train_epochs": (lambda value: 0 < value <= 1e9, "more than 0 and at most 1e9"),
     "optim.max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1 to use optim.num_train_epochs"),
     "optim.per_device_train_batch_size": _AT_LEAST_ONE,
     "optim.gradient_accumulation_steps": _AT_LEAST_ONE,
@@ -97,6 +113,8 @@ def check_config(config: TrainConfig) -> None:
     """
     for key, value in _settings(config):
         check_value(key, value)
+    for problem in unread_settings(config):
+        raise ConfigError(problem)
     check_reward(config.reward)
     _check_loss(config.grpo)
     _check_conflicts(config)
@@ -116,10 +134,17 @@ def check_value(key: str, value: Any) -> None:
         raise ConfigError(f"{key} names an entry twice: {list(value)}")
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and not math.isfinite(item):
-            raise ConfigError(f"{key} is {_show(value)}; it must be finite")
+            raise ConfigError(f"{key} is {show(value)}; it must be finite")
+        if type(item) is int and abs(item) >= 2**63:
+            raise ConfigError(f"{key} is {show(value)}; it must be less than 2**63")
+        if isinstance(item, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in item):
+            raise ConfigError(f"{key} is {show(value)}; it holds a zero byte or half of a surrogate pair: remove it")
+    if key in _PATHS and value is not None and value.split("/")[0] == "~":
+        written = os.path.expanduser(value)
+        raise ConfigError(f"{key} is {value!r}; ~ is a name like any other here, write {written!r}")
     is_valid, words = _LIMITS.get(key, (None, ""))
     if value is not None and is_valid is not None and not is_valid(value):
-        raise ConfigError(f"{key} is {_show(value)}; it must be {words}")
+        raise ConfigError(f"{key} is {show(value)}; it must be {words}")
 
 
 def check_reward(reward: RewardConfig) -> None:
@@ -167,6 +192,13 @@ def check_deepspeed(deepspeed: dict[str, Any], dtype: str) -> None:
     for key, field in DEEPSPEED_OWNED_KEYS.items():
         if key in cleaned:
             raise ConfigError(f"deepspeed.{key} is {cleaned[key]!r}; it is not read, remove it and set {field} instead")
+    for path, needed in _DEEPSPEED_ALWAYS.items():
+        value: Any = cleaned
+        for name in path:
+            value = value.get(name, needed) if isinstance(value, dict) else needed
+        if value is not needed:
+            dotted = ".".join(path)
+            raise ConfigError(f"deepspeed.{dotted} is {value!r}; it is always {str(needed).lower()} here: leave it out")
     zero = cleaned.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f'deepspeed.zero_optimization is {zero!r}; it must be an object such as {{"stage": 1}}')
@@ -215,17 +247,11 @@ def _all_choices() -> dict[str, tuple[str, ...]]:
 _CHOICES = _all_choices()
 
 
-def _show(value: Any) -> str:
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
-
-
 def _check_conflicts(config: TrainConfig) -> None:
     """Settings that are fine alone but would contradict or silently disable each other together."""
     data, run = config.data, config.run
     if set(config.model.freeze) == set(get_args(ModelPart)):
         raise ConfigError(f"model.freeze is {list(config.model.freeze)}; nothing is left to train, remove one")
-    if config.task == "sft":
-        _check_supervised(config)
     _check_steps(config)
     if data.max_frames is not None and data.num_frames != -1:
         raise ConfigError(
@@ -241,17 +267,6 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise ConfigError(
             f"run.eval_steps is {run.eval_steps} but data.eval_file is not set; set it or run.eval_steps to 0"
         )
-
-
-def _check_supervised(config: TrainConfig) -> None:
-    """Settings of reinforcement learning. Held-out questions are answered with some of those of completions."""
-    default = TrainConfig()
-    read = ("grpo.max_completion_length", "grpo.stop_strings") if config.run.eval_steps else ()
-    for section in ("grpo", "reward"):
-        for field in dataclasses.fields(getattr(config, section)):
-            key, value = f"{section}.{field.name}", getattr(getattr(config, section), field.name)
-            if key not in read and value != getattr(getattr(default, section), field.name):
-                raise ConfigError(f"{key} is {_show(value)}, which task 'sft' does not read: leave it out")
 
 
 def _check_steps(config: TrainConfig) -> None:
@@ -276,12 +291,6 @@ def _check_steps(config: TrainConfig) -> None:
             f"grpo.max_num_gen_batches={grpo.max_num_gen_batches} has no effect with grpo.{from_all[0]}, which gives "
             "every group a signal: leave one of them out"
         )
-    if grpo.sampler_correction == "none":
-        for name in ("sampler_cap", "sampler_floor"):
-            if getattr(grpo, name) != getattr(GRPOConfig, name):
-                raise ConfigError(
-                    f"grpo.{name}={getattr(grpo, name)!r} has no effect without grpo.sampler_correction: set it too"
-                )
 
 
 # The one objective that reads an option; the kernels take it with the others too, where it does nothing.

@@ -80,10 +80,13 @@ def _read_object(path: Path, context: str = "") -> dict[str, Any]:
     """The JSON object in a file, with repeated keys refused."""
     prefix = f"{context}: " if context else ""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_repeated_keys)
     except OSError as error:
         raise ConfigError(f"{prefix}cannot read {path}: {error.strerror}; give the path of a JSON file") from error
-    except ValueError as error:  # not UTF-8, not JSON, or a repeated key
+    except json.JSONDecodeError as error:
+        advice = "JSON has no comments, and no comma behind the last entry"
+        raise ConfigError(f"{prefix}{path} is not valid JSON: {error}; {advice}") from error
+    except ValueError as error:  # not UTF-8, or a repeated key
         raise ConfigError(f"{prefix}{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{prefix}{path} holds {_describe(value)}; it must hold one JSON object")
@@ -177,7 +180,7 @@ def _convert(value: Any, hint: Any, dotted: str, origin: str) -> Any:
     if get_origin(hint) is tuple:
         item_hint = get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
-            example = "[1, 2]" if item_hint is float else '["a", "b"]'
+            example = "[1, 2]" if item_hint is float else json.dumps([value] if isinstance(value, str) else ["a", "b"])
             raise ConfigError(f"{origin}: {dotted} must be a list such as {example}, got {_describe(value)}")
         return tuple(_convert(item, item_hint, f"{dotted}[{i}]", origin) for i, item in enumerate(value))
     wanted: Any = str if choices_of(hint) else get_origin(hint) or hint

@@ -21,6 +21,11 @@ from fastr1.data.rows import (
 )
 from fastr1.schema import DataError, SftSample
 
+_EXPECTED = (
+    "expected a JSON list of objects with id, conversations and video; "
+    "a JSONL file of questions belongs to the task grpo"
+)
+
 
 def load_conversations(
     path: str | Path,
@@ -41,12 +46,9 @@ def load_conversations(
     try:
         entries = json.loads(path.read_bytes())
     except ValueError as error:  # malformed JSON or not UTF-8
-        raise DataError(f"{path}: not valid JSON ({error}); expected one JSON list of conversations") from error
+        raise DataError(f"{path}: not valid JSON ({error}); {_EXPECTED}") from error
     if not isinstance(entries, list):
-        raise DataError(
-            f"{path}: the top level is {type(entries).__name__}, expected a JSON list of objects with id, "
-            "conversations and video; a JSONL file of questions belongs to the task grpo"
-        )
+        raise DataError(f"{path}: the top level is {type(entries).__name__}; {_EXPECTED}")
     rows = ((f"[{index}]", entry) for index, entry in enumerate(entries))
     return collect(path, rows, lambda origin, entry: _parse_row(entry, origin, videos), policy, max_bad_fraction)
 

@@ -62,6 +62,9 @@ def load_questions(
                 yield f":{number}", line
 
     def parse(origin: str, line: bytes) -> Sample:
+        if line.lstrip().startswith(b"["):
+            remedy = "write one JSON object per line; a list of conversations belongs to the task sft"
+            raise RowError("the row is list, or where one begins", remedy)
         return _parse_row(decode_json(line), origin, videos)
 
     return collect(path, islice(rows(), limit), parse, policy, max_bad_fraction)

@@ -9,6 +9,7 @@ from typing import Any
 from fastr1.schema import DataError
 
 PLACEHOLDER = "<image>"  # literal that marks the place of the visual tokens in a text
+ROOTS = "data.video_root or data.eval_video_root"
 
 
 class RowError(ValueError):
@@ -31,9 +32,7 @@ class VideoFiles:
     def resolve(self, name: str) -> Path:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:
-            raise RowError(
-                f"video {name!r} does not lie below the video root", "write the path relative to data.video_root"
-            )
+            raise RowError(f"video {name!r} does not lie below the video root", f"write the path relative to {ROOTS}")
         path = self._root / relative
         if self._check_files:
             if path not in self._problems:
@@ -47,7 +46,7 @@ class VideoFiles:
     def _inspect(path: Path) -> tuple[str, str] | None:
         try:
             if not path.is_file():
-                return (f"video file {path} does not exist", "download it or correct data.video_root")
+                return (f"video file {path} does not exist", f"download it or correct {ROOTS}")
             size = path.stat().st_size
         except OSError as error:
             return (f"video file {path} cannot be looked at ({error.strerror})", "correct the name")
@@ -60,9 +59,10 @@ def checked_paths(path: str | Path, video_root: str | Path, check_files: bool) -
     """Both as paths, after a look whether they are there."""
     path, root = Path(path), Path(video_root)
     if not path.is_file():
-        raise DataError(f"annotation file {path} does not exist; correct data.train_file or data.eval_file")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"annotation file {path} {problem}; correct data.train_file or data.eval_file")
     if check_files and not root.is_dir():
-        raise DataError(f"video root {root} is not a folder; correct data.video_root")
+        raise DataError(f"video root {root} is not a folder; correct {ROOTS}")
     return path, root
 
 

@@ -92,7 +92,13 @@ def _add_how_to_ask(parser: argparse.ArgumentParser) -> None:
 
 
 def what_to_ask(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `evaluate_checkpoint`, by their names there."""
+    """The arguments of `evaluate_checkpoint`, by their names there.
+
+    Raises: ConfigError for options that have no effect beside others.
+    """
+    if args.policy == "error" and args.max_bad_fraction != DataConfig.max_bad_fraction:
+        bound = args.max_bad_fraction
+        raise ConfigError(f"--max-bad-fraction {bound} has no effect without --policy skip: give that too")
     names = ["data_file", "video_root", "batch_size", "limit", "control", "policy", "max_bad_fraction"]
     own = {name: getattr(args, name) for name in [*names, "num_processes", "output"]}
     return {"model_path": find_shipped(args.model), **own, **how_to_ask(args)}
@@ -112,8 +118,8 @@ def how_to_ask(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more, less than 2**63")
     return int(text)
 
 
@@ -142,8 +148,8 @@ def _share(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more, less than 2**63")
     return int(text)
 
 

@@ -80,7 +80,7 @@ def _is_sound(name: str, value: Any) -> bool:
     return value > 0 or (name == "num_frames" and value == -1)
 
 
-def _refuse_run_folder(folder: Path) -> None:
+def refuse_run_folder(folder: Path) -> None:
     """Name the model where a run or a checkpoint of it was given: neither holds one that can be loaded."""
     around = (folder, folder.parent, folder.parent.parent)
     run = next((place for place in around if (place / "checkpoints").is_dir() or (place / "final").is_dir()), None)
@@ -106,7 +106,7 @@ def data_settings(
     given is not. Raises: DataError for a damaged record, BackendError for a given decoder that cannot be loaded,
     ConfigError for a limit of frames that has no effect.
     """
-    _refuse_run_folder(Path(model_path))
+    refuse_run_folder(Path(model_path))
     recorded = read_recorded(model_path)
     trained: dict[str, Any] = {} if recorded is None else asdict(recorded)
     if num_frames not in (None, trained.get("num_frames")):

@@ -39,8 +39,8 @@ def report(args: argparse.Namespace) -> int:
 
         serve(args.run_dir, DEFAULT_PORT if args.port is None else args.port)
         return 0
-    if args.output is not None and Path(args.output).suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output is {args.output}; the page is HTML: name it so, the PNG is written beside it")
+    if args.output is not None:
+        _check_name(args.output)
     from fastr1.reporting.curves import write_report
     from fastr1.reporting.page import PAGE_FILE, save_page
     from fastr1.reporting.read_run import read_run
@@ -57,8 +57,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """`fastr1 compare`."""
+    """`fastr1 compare`. Raises: ConfigError for another kind of file."""
+    _check_name(args.output)
     from fastr1.reporting.compare import write_comparison
 
     print(write_comparison(args.run_dirs, args.output))
     return 0
+
+
+def _check_name(output: str) -> None:
+    if Path(output).suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output is {output}; the page is HTML: name it so")

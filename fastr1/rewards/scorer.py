@@ -121,6 +121,11 @@ def build_scorer(config: RewardConfig) -> Scorer:
             terms.append(_Term("format_reward", _each(lambda text, _: format_reward(text, config)), 0.0))
         function = _resolve(name, built_in)
         terms.append(_Term(name, function, weight, _place(name, function, config)))
+    if config.num_workers and all(term.place != "worker" for term in terms):
+        raise RewardError(
+            f"reward.num_workers is {config.num_workers}, but your reward.functions are all async, and these "
+            "run together in the training process: leave it out"
+        )
     return Scorer(terms, config)
 
 

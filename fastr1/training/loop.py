@@ -38,7 +38,7 @@ from fastr1.training.held_out import build_evaluator
 from fastr1.training.keeper import Keeper
 from fastr1.training.launched import launched_world_size
 from fastr1.training.policy import load_policy
-from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_machine
+from fastr1.training.preflight import check_decoder, check_run, checkpoint_to_resume, describe_run
 from fastr1.training.resume import run_settings
 from fastr1.training.run_folder import holding_folder
 from fastr1.training.stop import SAVING, StopRequest, machine_id, process_id
@@ -111,7 +111,8 @@ class TrainingRun(Generic[S]):
             num_epochs=optim.num_train_epochs,
             max_steps=optim.max_steps,
         )
-        check_decoder(self.samples, data, resolve_device())
+        for samples in (self.samples, [] if self._evaluator is None else self._evaluator.samples):
+            check_decoder(samples, data, resolve_device())
         self.stop = StopRequest() if stop is None else stop
         self._open: OpenUpdate | None = None
         self._unlogged: list[Metrics] = []  # of the updates since the last row of metrics
@@ -271,8 +272,8 @@ class TrainingRun(Generic[S]):
         return checkpoint if is_stopping and (rates is None or not is_last) else None
 
     def describe(self) -> str:
-        """Size of the run, where it runs and what decodes its videos, in one line."""
-        return f"{len(self.samples)} samples, {len(self.order)} updates {describe_machine(self.config)}"
+        """The run in one line."""
+        return describe_run(self.config, len(self.samples), len(self.order))
 
     def evaluate(self) -> Metrics | None:
         """Greedy accuracy on the held-out questions, shared among the ranks; None where a stop was asked for

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastr1.config import DataConfig, RunConfig, TrainConfig
+from fastr1.evaluation.recorded import refuse_run_folder
 from fastr1.models.attention import check_attention
 from fastr1.models.devices import resolve_device, resolve_dtype
 from fastr1.models.liger import resolve_liger
@@ -34,9 +35,10 @@ def check_run(config: TrainConfig) -> None:
     """
     device = resolve_device()
     dtype = resolve_dtype(config.model.dtype, device)
-    _check_output_dir(Path(config.run.output_dir))
+    _check_output_dir(Path(config.run.output_dir), Path(config.model.path))
     _check_used_folder(Path(config.run.output_dir), config.run.resume_from_checkpoint)
     check_trackers(config.run.report_to)
+    refuse_run_folder(Path(config.model.path))
     check_weights(config.model.path)
     check_attention(config.model.attn_implementation, device, dtype)
     choose_packed_backend(config.model.packed_attn_implementation, device, dtype)
@@ -79,15 +81,23 @@ def checkpoint_to_resume(run: RunConfig, settings: Mapping[str, Any], num_update
     return folder
 
 
-def describe_machine(config: TrainConfig) -> str:
-    """Device, dtype and decoder."""
-    device = resolve_device()
+def describe_run(config: TrainConfig, num_samples: int, num_updates: int) -> str:
+    """Size, device, dtype and decoder of a run; and its held-out questions where none is asked, which may be meant."""
+    device, run = resolve_device(), config.run
     dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
-    return f"on {device}, {dtype}; videos: {describe_backend(config.data.backend)}"
+    text = f"{num_samples} samples, {num_updates} updates on {device}, {dtype}; "
+    text += f"videos: {describe_backend(config.data.backend)}"
+    if config.data.eval_file is not None and not 0 < run.eval_steps <= num_updates:
+        text += f"; data.eval_file is not evaluated: run.eval_steps is {run.eval_steps}"
+    return text
 
 
-def _check_output_dir(folder: Path) -> None:
+def _check_output_dir(folder: Path, model: Path) -> None:
     """Writes a file into the folder or, where it does not exist yet, into the one that it would be made in."""
+    if folder.resolve().is_relative_to(model.resolve()):
+        raise DataError(
+            f"run.output_dir is {folder}, in the folder of model.path, {model}, which no run may change: choose another"
+        )
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -165,7 +165,7 @@ def test_later_overrides_win_and_the_file_is_weaker_than_both(tmp_path: Path) ->
         ("grpo.top_k=true", ["grpo.top_k must be an integer", "true"]),
         ("grpo.leave_one_out=1", ["must be true or false", "got 1"]),
         ("model.path=null", ["model.path must be a string"]),
-        ("model.freeze=connector", ["model.freeze must be a list", '"connector"']),
+        ("model.freeze=connector", ['model.freeze must be a list such as ["connector"], got the string "connector"']),
         ("model.freeze=[1]", ["model.freeze[0] must be a string", "got 1"]),
         ('deepspeed={"a": 1, "a": 2}', ["'a' appears twice"]),
         ("deepspeed=3", ["deepspeed must be an object", "3"]),
@@ -193,6 +193,7 @@ def test_bad_override_is_named_with_its_remedy(minimal: Path, override: str, par
         ([1], ["holds [1]", "one JSON object"]),
         ('{"run": {"seed": 1, "seed": 2}}', ["'seed' appears twice"]),
         ('{"run": }', ["not valid JSON", "line 1"]),
+        ('{"task": "sft"}  // cold start', ["not valid JSON", "JSON has no comments"]),
     ],
 )
 def test_bad_file_is_named_with_the_key(tmp_path: Path, tree: Any, parts: list[str]) -> None:
@@ -201,6 +202,27 @@ def test_bad_file_is_named_with_the_key(tmp_path: Path, tree: Any, parts: list[s
     assert message.startswith(str(path))
     for part in parts:
         assert part in message, message
+
+
+def test_a_byte_order_mark_means_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufeff" + json.dumps(MINIMAL))
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert load_config(path).model.path == "m"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model.path", "data.train_file", "data.video_root", "data.eval_file", "data.eval_video_root"),
+        *("run.output_dir", "run.resume_from_checkpoint"),
+    ],
+)
+def test_a_tilde_which_no_shell_replaced_is_refused(minimal: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/me")
+    load_config(minimal, ["data.eval_file=e", f"{key}=a/~/b"])
+    for value, meant in (("~/run", "/me/run"), ("~", "/me")):
+        message = error_of(minimal, "data.eval_file=e", f"{key}={value}")
+        assert f"{key} is {value!r}; ~ is a name like any other here, write {meant!r}" in message
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -233,6 +255,7 @@ LIMITS = [
     ("optim.adam_epsilon", "1e-12", "0"),
     ("optim.max_grad_norm", "0", "-1"),
     ("optim.num_train_epochs", "0.5", "0"),
+    ("optim.num_train_epochs", "1e9", "1e10"),
     ("optim.max_steps", "-1", "0"),
     ("optim.max_steps", "1", "-2"),
     ("optim.per_device_train_batch_size", "1", "0"),
@@ -281,9 +304,17 @@ LIMITS = [
 ]
 
 
+# Without these, a value other than the default has no effect.
+READ_WITH = {
+    "data.max_bad_fraction": ["data.policy=skip"],
+    "run.eval_samples": ["data.eval_file=e.jsonl"],
+    "run.per_device_eval_batch_size": ["data.eval_file=e.jsonl"],
+}
+
+
 @pytest.mark.parametrize(("key", "good", "bad"), LIMITS)
 def test_limit_separates_the_last_good_from_the_first_bad_value(minimal: Path, key: str, good: str, bad: str) -> None:
-    load_config(minimal, [f"{key}={good}"])
+    load_config(minimal, [f"{key}={good}", *READ_WITH.get(key, [])])
     message = error_of(minimal, f"{key}={bad}")
     assert re.match(re.escape(f"{minimal} --set {key}={bad}: {key}") + "[ =]", message), message
 
@@ -345,7 +376,62 @@ def test_every_field_with_a_number_is_limited_or_knowingly_free() -> None:
         (["model.dtype=bfloat16", "deepspeed.zero_optimization.stage=0"], "summed in it"),
         (["task=sft", "grpo.beta=0.1"], "grpo.beta is 0.1, which task 'sft' does not read: leave it out"),
         (["task=sft", 'reward.functions=["a:b"]'], "reward.functions is ['a:b'], which task 'sft' does not read"),
-        (["task=sft", "grpo.max_completion_length=9"], "grpo.max_completion_length is 9, which task 'sft' does not"),
+        (
+            ["task=sft", "grpo.max_completion_length=9", "data.instruction=Think."],
+            "data.instruction is 'Think.', grpo.max_completion_length is 9, which task 'sft' does not read without "
+            "data.eval_file: leave them out",
+        ),
+        (
+            ["task=sft", "rollout.backend=eager", "rollout.num_speculative_tokens=2"],
+            "rollout.backend is 'eager', rollout.num_speculative_tokens is 2, which task 'sft' does not read: leave",
+        ),
+        (
+            ["task=sft", "data.eval_file=e.jsonl", "rollout.num_speculative_tokens=2"],
+            "rollout.num_speculative_tokens is 2, which task 'sft' does not read: leave it out",
+        ),
+        (
+            ["data.eval_video_root=v"],
+            "data.eval_video_root is 'v' but data.eval_file is not set, so nothing is evaluated",
+        ),
+        (["run.eval_samples=5"], "run.eval_samples is 5 but data.eval_file is not set"),
+        (["run.per_device_eval_batch_size=4"], "run.per_device_eval_batch_size is 4 but data.eval_file is not set"),
+        (["data.max_bad_fraction=0.5"], "data.max_bad_fraction is 0.5 but data.policy is 'error', which stops at the"),
+        (
+            ['run.allow_changed=["run.seed"]'],
+            "run.allow_changed is ['run.seed'] but run.resume_from_checkpoint is not set, so nothing is compared",
+        ),
+        (
+            ['reward.functions=["think_format", "a:b"]', "reward.bad_format=-1"],
+            "reward.bad_format is -1.0, which only the reward 'tinyllava_video_r1' reads, and reward.functions is "
+            "['think_format', 'a:b']: name it there, or leave this out",
+        ),
+        (['reward.functions=["a:b"]', "reward.mode=paper"], "reward.mode is 'paper', which only the reward"),
+        (["grpo.sampler_cap=2"], "grpo.sampler_cap is 2.0, which has no effect without grpo.sampler_correction"),
+        (
+            ["grpo.sampler_correction=token_mask", "grpo.sampler_floor=0.1"],
+            "grpo.sampler_floor is 0.1 but grpo.sampler_correction is 'token_mask', and only 'icepop' reads it",
+        ),
+        (
+            ["grpo.scale_rewards=none", "grpo.advantage_eps=0.1"],
+            "grpo.advantage_eps is 0.1, which has no effect with grpo.scale_rewards 'none'",
+        ),
+        (["data.eval_file="], "data.eval_file is ''; it must be an annotation file or null"),
+        (["data.eval_file=e", "data.eval_video_root="], "data.eval_video_root is ''; it must be a folder, or null for"),
+        (["run.save_steps=9223372036854775808"], "run.save_steps is 9223372036854775808; it must be less than 2**63"),
+        (['data.instruction="cut \\ud83d"'], "data.instruction is 'cut \\ud83d'; it holds a zero byte or half of a"),
+        (['run.output_dir="a\\u0000b"'], "run.output_dir is 'a\\x00b'; it holds a zero byte"),
+        (
+            ["deepspeed.zero_allow_untested_optimizer=false"],
+            "zero_allow_untested_optimizer is False; it is always true",
+        ),
+        (
+            ["deepspeed.zero_force_ds_cpu_optimizer=true"],
+            "zero_force_ds_cpu_optimizer is True; it is always false here",
+        ),
+        (
+            ["deepspeed.compile.deepcompile=true"],
+            "deepspeed.compile.deepcompile is True; it is always false here: leave",
+        ),
     ],
 )
 def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str], part: str) -> None:
@@ -359,6 +445,25 @@ def test_contradicting_settings_are_refused(minimal: Path, overrides: list[str],
         ['reward.functions=["a:b"]', "reward.num_workers=2", "reward.timeout_seconds=0.5", "reward.timeout_reward=-1"],
         ["run.eval_steps=5", "data.eval_file=e.jsonl"],
         ["task=sft", "run.eval_steps=5", "data.eval_file=e.jsonl", "grpo.max_completion_length=9"],
+        # evaluation is off for a while
+        [
+            "task=sft",
+            "data.eval_file=e.jsonl",
+            'grpo.stop_strings=["."]',
+            "rollout.backend=eager",
+            "data.instruction=a",
+        ],
+        ["data.eval_file=e.jsonl", "data.eval_video_root=v", "run.eval_samples=5", "run.per_device_eval_batch_size=4"],
+        ["optim.num_train_epochs=3", "optim.max_steps=2"],
+        ["task=sft", "rollout.keep_arenas=false", "run.roofline=false"],  # as it is anyway
+        ["data.policy=skip", "data.max_bad_fraction=0.5"],
+        ["run.resume_from_checkpoint=last", 'run.allow_changed=["run.seed"]'],
+        ['reward.functions=["a:b", "tinyllava_video_r1"]', "reward.weights=[1, 0]", "reward.base=1"],
+        ["grpo.sampler_correction=icepop", "grpo.sampler_cap=2", "grpo.sampler_floor=0.1"],
+        ["grpo.sampler_correction=token_truncate", "grpo.sampler_cap=2"],
+        ["grpo.scale_rewards=batch", "grpo.advantage_eps=0.1"],
+        ["deepspeed.zero_allow_untested_optimizer=true", "deepspeed.zero_force_ds_cpu_optimizer=false"],
+        ["deepspeed.zero_allow_untested_optimizer=auto", "deepspeed.compile.deepcompile=false"],
         ["grpo.loss_type=grpo", "grpo.epsilon=0", "grpo.epsilon_high=0.28", "grpo.delta=1.5"],
         ["grpo.loss_type=dr_grpo", "grpo.importance_sampling_level=sequence"],
         ["grpo.loss_type=cispo", "grpo.epsilon_high=5"],

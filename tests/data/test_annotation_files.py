@@ -233,12 +233,18 @@ def test_unusable_files_and_settings_are_named(root: Path) -> None:
         load_conversations(write_json(root, []), root)
     with pytest.raises(DataError, match="expected a JSON list"):
         load_conversations(write_json(root, {"id": 1}), root, policy="skip")
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match=r"not valid JSON \(.*a JSONL file of questions belongs to the task grpo"):
         load_conversations(write_jsonl(root, sft_row(), sft_row()), root, policy="skip")
+    for indent in (None, 2):  # the whole list in one line, or its first bracket
+        (root / "list.json").write_text(json.dumps([{"id": 1}], indent=indent))
+        with pytest.raises(DataError, match=r"list\.json:1: .*a list of conversations belongs to the task sft"):
+            load_questions(root / "list.json", root)
     good = write_jsonl(root, grpo_row())
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
         load_questions(root / "none.jsonl", root)
-    with pytest.raises(DataError, match=r"is not a folder; correct data\.video_root"):
+    with pytest.raises(DataError, match=f"annotation file {root} is a folder; correct data.train_file"):
+        load_questions(root, root)
+    with pytest.raises(DataError, match=r"is not a folder; correct data\.video_root or data\.eval_video_root"):
         load_questions(good, root / "nowhere")
     with pytest.raises(ConfigError, match=r"data\.policy is 'ignore'"):
         load_questions(good, root, policy="ignore")

@@ -147,6 +147,15 @@ def test_compare_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureF
     assert "Runs beside each other" in target.read_text()
 
 
+def test_compare_command_refuses_the_name_of_another_kind_of_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "compare.png"
+    assert cli.main(["compare", str(write_run(tmp_path / "a")), "--output", str(target)]) == 2
+    assert f"--output is {target}; the page is HTML" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_a_run_without_numbers_is_refused_by_name(tmp_path: Path) -> None:
     run = run_of(tmp_path / "a", seed=0)
     (run / "metrics.jsonl").unlink()

@@ -419,7 +419,7 @@ def test_report_command_names_a_place_where_it_cannot_write(tmp_path: Path, caps
     assert png.startswith(f"no x.png: {target.with_suffix('.png')} cannot be written (")
     assert html_.startswith(f"error: {target} cannot be written (")
     assert html_.endswith("choose another place with --output")
-    assert cli.main(["compare", str(run), "--output", str(tmp_path)]) == 2
+    assert cli.main(["compare", str(run), "--output", str(target)]) == 2
     assert "choose another place with --output\n" in capsys.readouterr().err
 
 

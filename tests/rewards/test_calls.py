@@ -291,6 +291,11 @@ def test_parts_must_be_the_same_for_all_completions(folder: Path) -> None:
     assert "returned the parts ['a'] for one completion and ['x'] for another" in message
 
 
+def test_workers_that_nothing_would_run_in_are_refused(folder: Path) -> None:
+    with pytest.raises(RewardError, match=r"num_workers is 2, but your reward\.functions are all async.*leave it out"):
+        scorer_of("slow_async", num_workers=2)
+
+
 def test_time_limit_that_nothing_could_keep_is_refused(folder: Path) -> None:
     with pytest.raises(
         RewardError, match=r"timeout_seconds is 2, but .*one_by_one' runs in the training process, where"

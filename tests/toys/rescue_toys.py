@@ -61,7 +61,9 @@ def fail_on_one_rank(rank: int, folder: Path) -> None:
     (broken / "5.mp4").write_bytes(b"not a video")  # which the second rank looks at
     questions = {"data__eval_file": str(broken / "questions.jsonl"), "data__eval_video_root": str(broken)}
     attempt("evaluation", run__eval_steps=2, **questions)
-    for path in broken.glob("*.mp4"):
-        path.write_bytes(b"not a video")
+    # meanwhile: what is broken before a run is found before it
+    trainer_toys.BEFORE_SCORING.append(
+        lambda update: [path.write_bytes(b"not a video") for path in broken.glob("*.mp4")]
+    )
     attempt("no answer", run__eval_steps=2, data__policy="skip", data__max_bad_fraction=1.0, **questions)
     (folder / f"told-{rank}.json").write_text(json.dumps(told))

@@ -191,7 +191,8 @@ def make_config(world: Path, output_dir: Path, **changes: Any) -> TrainConfig:
         run=RunConfig(output_dir=str(output_dir), report_to=("jsonl",), roofline=False),
     )
     if changes.get("task") == "sft":
-        config = dataclasses.replace(config, reward=RewardConfig(), grpo=GRPOConfig())
+        data = dataclasses.replace(config.data, instruction=DataConfig.instruction)
+        config = dataclasses.replace(config, data=data, reward=RewardConfig(), grpo=GRPOConfig())
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, _, key = name.partition("__")

@@ -24,7 +24,7 @@ from fastr1.schema import DataError
 from fastr1.train import main as train_main
 from fastr1.training.checkpoint import CheckpointError
 from fastr1.training.distributed import build_deepspeed_config
-from fastr1.training.grpo import run_grpo
+from fastr1.training.grpo import prepare_grpo, run_grpo
 from fastr1.training.sft import run_sft
 from fastr1.video import BackendError, VideoError, torchcodec_backend
 
@@ -132,6 +132,53 @@ def test_decoder_is_tried_on_the_first_clip(world: Path, tmp_path: Path, monkeyp
     )
     with pytest.raises(BackendError, match='backend "torchcodec" cannot be loaded: no FFmpeg'):
         run_grpo(make_config(world, tmp_path / "run", data__backend="torchcodec"))
+
+
+def test_first_held_out_clip_is_decoded_too(world: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for index in range(6):
+        (held_out / f"{index}.mp4").write_bytes(b"not a video")
+    evaluated = {"data__eval_file": str(world / "questions.jsonl"), "data__eval_video_root": str(held_out)}
+    with pytest.raises(VideoError, match=r"held_out/0\.mp4"):
+        run_grpo(make_config(world, tmp_path / "run", **evaluated, run__eval_steps=2))
+    with pytest.raises(pytest.fail.Exception, match="a model was built"):  # they are not looked at
+        run_grpo(make_config(world, tmp_path / "run", **evaluated))
+
+
+def test_a_run_does_not_write_into_its_model(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "base", model)
+    for output in (model, model / "runs" / "1", tmp_path / "other" / ".." / "model"):
+        with pytest.raises(DataError, match=rf"run\.output_dir is {output}, in the folder of model\.path, {model}"):
+            run_grpo(make_config(world, output, model__path=str(model)))
+    with pytest.raises(pytest.fail.Exception, match="a model was built"):
+        run_grpo(make_config(world, tmp_path / "model-2", model__path=str(model)))
+
+
+def test_a_run_folder_in_the_place_of_a_model_is_told_apart(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "earlier"
+    shutil.copytree(world / "base", run / "final")
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    for place, what in (
+        (run, "the folder of a run"),
+        (run / "checkpoints" / "step-000001", "a checkpoint to go on from"),
+    ):
+        with pytest.raises(DataError, match=rf"{place} is {what}, not a model: its model is {run}/final"):
+            run_grpo(make_config(world, tmp_path / "run", model__path=str(place)))
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "said"), [(0, "run.eval_steps is 0"), (3, "run.eval_steps is 3"), (2, None), (1, None)]
+)
+def test_held_out_questions_that_are_never_asked_are_told(
+    world: Path, tmp_path: Path, eval_steps: int, said: str | None
+) -> None:
+    held_out = {"data__eval_file": str(world / "questions.jsonl"), "run__eval_steps": eval_steps}
+    line = prepare_grpo(make_config(world, tmp_path / "run", **held_out)).describe()  # of two updates
+    assert line.endswith(f"; data.eval_file is not evaluated: {said}") == (said is not None)
+    assert ("eval_file" in line) == (said is not None)
 
 
 def raise_(error: Exception) -> None:

@@ -243,7 +243,7 @@ def test_one_step_keeps_no_old_log_probabilities(world: Path, tmp_path: Path, ke
         ),
         ({"grpo__num_iterations": 2, "grpo__loss_type": "tinyllava_video_r1"}, r"2 steps .* knows no older policy"),
         ({"grpo__max_num_gen_batches": 2, "grpo__beta": 0.1}, r"max_num_gen_batches=2 has no effect with grpo.beta"),
-        ({"grpo__sampler_cap": 2.0}, r"grpo.sampler_cap=2.0 has no effect without grpo.sampler_correction"),
+        ({"grpo__sampler_cap": 2.0}, r"grpo.sampler_cap is 2.0, which has no effect without grpo.sampler_correction"),
     ],
 )
 def test_contradictions_are_refused(world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
