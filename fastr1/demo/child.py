@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
@@ -34,9 +35,7 @@ def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
     except BaseException:  # Ctrl-C too
         with contextlib.suppress(ProcessLookupError):  # nothing of its session is left
             os.killpg(child.pid, signal.SIGTERM)
-            while True:
-                child.poll()
-                os.killpg(child.pid, 0)
+            while _is_any_running(child.pid):
                 time.sleep(0.1)
         raise
     finally:
@@ -44,3 +43,13 @@ def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
             signal.signal(number, handler)
     if code:
         raise subprocess.CalledProcessError(code, command)
+
+
+def _is_any_running(group: int) -> bool:
+    """Those that ended do not count: what runs as process 1 of a container may never wait for them."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False

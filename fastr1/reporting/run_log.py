@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from textwrap import indent
@@ -229,7 +230,8 @@ class _Progress:
             seconds = (time.perf_counter() - self._start) / (step - self._first_step)
             texts.append(f"{seconds:.2f} s per update, {_duration(seconds * max(self._total - step, 0))} left")
         if texts:
-            print(f"step {step}/{self._total}  {'  '.join(texts)}", file=self._stream, flush=True)
+            with suppress(OSError):  # a pipe that nobody reads any more, a full disk: no reason to end a run
+                print(f"step {step}/{self._total}  {'  '.join(texts)}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

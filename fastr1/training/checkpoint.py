@@ -95,7 +95,8 @@ def save_checkpoint(
                 if save_total_limit:
                     for old in _complete_checkpoints(root)[:-save_total_limit]:
                         old.rename(old.with_suffix(".removed"))
-                _remove_leftovers(root)
+                for error in _remove_leftovers(root):
+                    logger.warning("%s cannot be removed: %s", error.filename, error.strerror)
     except Exception:
         if distributed.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is needed
@@ -303,8 +304,16 @@ def _restore_rng(distributed: DistributedModel, state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"], distributed.device)
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Remove unfinished and outdated folders, which are renamed first: half a folder never has a checkpoint's name."""
+def _remove_leftovers(root: Path) -> list[OSError]:
+    """Remove unfinished and outdated folders, which are renamed first: half a folder never has a checkpoint's name.
+
+    Returns: why one is still there, which must not cost the run: it may be write-protected, to be kept.
+    """
+    errors = []
     for suffix in (".partial", ".removed"):
         for path in root.glob(f"step-*{suffix}"):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                errors.append(OSError(error.errno, error.strerror, str(path)))
+    return errors

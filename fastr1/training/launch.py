@@ -29,7 +29,8 @@ def run_processes(num_processes: int, arguments: Sequence[str]) -> int:
     """Run `fastr1/train.py ARGUMENTS` in `num_processes` processes of this machine; returns the exit code.
 
     0 where they all finished or a signal stopped them; else that of the first to fail, after which the others are given
-    a few seconds before they are killed. Two Ctrl-C kill all at once (130).
+    a few seconds before they are killed. One that was stopped alone while it was loading stops the others, which would
+    wait for it. Two Ctrl-C kill all at once (130).
     """
     code = _Processes(num_processes, arguments).wait()
     ignore_signals_at_exit()
@@ -58,8 +59,12 @@ class _Processes:
     def wait(self) -> int:
         """Until all have ended."""
         first_failed: tuple[int, int] | None = None
-        while None in [rank.poll() for rank in self._ranks]:  # all are asked, not only the first that runs
-            if self._signals and not self._is_passed_on:
+        ended_at = time.monotonic()  # the first of them
+        while None in (codes := [rank.poll() for rank in self._ranks]):
+            if codes.count(None) == len(codes):
+                ended_at = time.monotonic()
+            is_left_behind = time.monotonic() > ended_at + DEAD_RANK_SECONDS + 5
+            if (self._signals or is_left_behind) and not self._is_passed_on:
                 self._is_passed_on = True
                 self._send(signal.SIGTERM)
             if self._is_asked_twice():
@@ -73,7 +78,6 @@ class _Processes:
             if first_failed and time.monotonic() > self._failed_at + DEAD_RANK_SECONDS + 5:
                 self._send(signal.SIGKILL)
             time.sleep(LOOK_EVERY_SECONDS)
-        codes = [rank.returncode for rank in self._ranks]
         if self._is_asked_twice():
             logger.warning("stopped at once, in the middle of an update; if a checkpoint was written, %s", RESUME)
             return 130

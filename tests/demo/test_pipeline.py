@@ -257,6 +257,29 @@ def test_a_signal_to_the_demo_alone_ends_its_training_first(tmp_path: Path) -> N
         assert (tmp_path / name / "ended").read_text() == f"{code} True", name  # its training had saved by then
 
 
+# The demo as process 1 of a container: what its launcher leaves behind becomes its own, and is never waited for.
+FIRST_PROCESS = """
+import ctypes, os, signal, sys, threading, time
+from fastr1.cli import report_errors
+from fastr1.demo.child import run_to_its_end
+PR_SET_CHILD_SUBREAPER = 36
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+def interrupt():
+    while not os.path.exists("begun"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+sys.exit(report_errors(lambda: run_to_its_end(["sh", "launcher"], {})))
+"""
+
+
+def test_a_process_that_nobody_waits_for_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    (tmp_path / "launcher").write_text(LAUNCHER)
+    command = [sys.executable, "-c", FIRST_PROCESS]
+    done = subprocess.run(command, cwd=tmp_path, env=child_environment(), preexec_fn=listen, timeout=30)
+    assert (done.returncode, (tmp_path / "saved").exists()) == (130, True)
+
+
 def test_an_empty_folder_is_used(tmp_path: Path, stages: Stages) -> None:
     (tmp_path / "grpo").mkdir()
     pipeline.run_demo(tmp_path)

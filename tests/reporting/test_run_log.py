@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -197,6 +198,18 @@ def test_plain_progress_appears_when_only_some_steps_are_logged(tmp_path: Path) 
         logger.log(step, {"reward": 0.5})
     logger.close()
     assert len(stream.getvalue().splitlines()) == 14  # every one: each is more than a twentieth on
+
+
+class Full(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_progress_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path, progress=Full())
+    logger.log(1, {"reward": 0.5})
+    logger.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
 class Terminal(io.StringIO):

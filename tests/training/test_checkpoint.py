@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import random
 from pathlib import Path
@@ -274,6 +275,25 @@ def test_missing_checkpoints_are_explained(saved: Path, tmp_path: Path) -> None:
         find_last_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         find_last_checkpoint(tmp_path / "elsewhere")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", "manifest.json")
+
+    monkeypatch.setattr("fastr1.training.checkpoint.shutil.rmtree", refuse)
+    engine = make_engine(1)
+    for step in (8, 9):  # the second finds what the first has left
+        folder = save_checkpoint(engine, saved.parent.parent, step, {}, save_total_limit=1)
+        assert find_last_checkpoint(saved.parent.parent) == folder
+    engine.close()
+    first, second = (saved.parent / f"step-{step:06d}.removed" for step in (7, 8))
+    reason = "cannot be removed: Permission denied"
+    assert caplog.messages[0] == f"{first} {reason}"
+    assert sorted(caplog.messages[1:]) == [f"{first} {reason}", f"{second} {reason}"]
 
 
 @pytest.mark.parametrize("moment", ["engine", "rank file", "manifest"])

@@ -170,6 +170,14 @@ def test_nothing_is_kept_before_the_first_update(tmp_path: Path) -> None:
     assert run.end() == (0, [line])
 
 
+def test_a_rank_that_was_stopped_alone_while_loading_stops_the_others(tmp_path: Path) -> None:
+    """As by a daemon that frees memory; the others would wait for it as long as the process group's timeout."""
+    run = Run(tmp_path, "stop.exits_at_once = True; stop.watch_peers([]); time.sleep(60)")
+    os.kill(run.ranks[1], signal.SIGTERM)
+    line = "SIGTERM received: stopped before the first update; start again with the same command"
+    assert run.end() == (0, [line])
+
+
 def test_children_keep_their_signals_to_themselves(tmp_path: Path) -> None:
     """As those of a pool that is being closed."""
     fork = "pid = os.fork()\n    if not pid: time.sleep(60)\n    time.sleep(0.1); os.kill(pid, signal.SIGTERM)"
