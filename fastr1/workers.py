@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -49,13 +49,15 @@ class WorkerPool:
     Args:
         function: "module:name", imported by the workers; tasks and values must be picklable.
         num_workers: processes, at least 1.
+        imports: modules that the calls will need, imported before the time of a first call begins.
     """
 
-    def __init__(self, function: str, num_workers: int) -> None:
+    def __init__(self, function: str, num_workers: int, imports: Sequence[str] = ()) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; at least 1 is needed")
         self._function = function
         self._num_workers = num_workers
+        self._imports = tuple(imports)
         self._workers: list[_Worker] = []
 
     def run(
@@ -91,7 +93,7 @@ class WorkerPool:
 
     def _start_missing(self) -> None:
         while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._function))
+            self._workers.append(_Worker(self._function, self._imports))
 
     def _outcomes(self) -> Iterator[Outcome]:
         """Wait until something has happened to a worker, or for a moment."""
@@ -113,10 +115,10 @@ class WorkerPool:
 class _Worker:
     """One process, from this side."""
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, imports: tuple[str, ...]) -> None:
         self.connection, theirs = multiprocessing.Pipe()
         lifeline, self._lifeline = os.pipe()  # closed, by us or by our end, it ends the worker
-        serve = f"serve({function!r}, {theirs.fileno()}, {lifeline})"
+        serve = f"serve({function!r}, {theirs.fileno()}, {lifeline}, {imports!r})"
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -197,20 +199,22 @@ class _Worker:
         return index
 
 
-def serve(function: str, fd: int, lifeline: int) -> None:
-    """The whole life of a worker: import the function, then answer one task after another."""
+def serve(function: str, fd: int, lifeline: int, imports: tuple[str, ...]) -> None:
+    """The whole life of a worker: import the function and what it needs, then answer one task after another."""
     # Handlers, not SIG_IGN, which the function's own child processes would inherit: the run decides when a call ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):  # nobody is listening any more
-        _answer(function, Connection(fd))
+        _answer(function, imports, Connection(fd))
 
 
-def _answer(function: str, connection: Connection) -> None:
+def _answer(function: str, imports: tuple[str, ...], connection: Connection) -> None:
     module, _, name = function.partition(":")
     try:
         call = getattr(importlib.import_module(module), name)
+        for needed in imports:
+            importlib.import_module(needed)
     except BaseException as error:
         connection.send(("raised", repr(error), traceback.format_exc()))
         return

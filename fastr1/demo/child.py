@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> None:
             os.killpg(child.pid, signal.SIGTERM)
             while _is_any_running(child.pid):
                 time.sleep(0.1)
+        print("the demo was stopped; the same command begins it anew, without what its training saved", file=sys.stderr)
         raise
     finally:
         for number, handler in earlier.items():

@@ -107,22 +107,29 @@ class AsyncCalls:
 
 
 class WorkerCalls:
-    """Worker processes, started at the first call; one that a call hangs in is killed and replaced."""
+    """Worker processes for functions of these names ("module:function"), started at the first call; one that a call
+    hangs in is killed and replaced."""
 
-    def __init__(self, num_workers: int, timeout_seconds: float | None, timeout_reward: float | None) -> None:
+    def __init__(
+        self, names: Sequence[str], num_workers: int, timeout_seconds: float | None, timeout_reward: float | None
+    ) -> None:
+        self._names = tuple(names)
         self._timeout_seconds, self._timeout_reward = timeout_seconds, timeout_reward
-        self._pool = WorkerPool(f"{__name__}:call_one", num_workers)
+        modules = sorted({name.partition(":")[0] for name in names})
+        self._pool = WorkerPool(f"{__name__}:call_one", num_workers, modules)
 
-    def call(self, names: Sequence[str], completions: Sequence[str], samples: Sequence[Sample]) -> dict[str, Columns]:
-        """Every function, named as "module:function", once for every completion."""
-        tasks = [(name, text, sample) for name in names for text, sample in zip(completions, samples, strict=True)]
+    def call(self, completions: Sequence[str], samples: Sequence[Sample]) -> dict[str, Columns]:
+        """Every function, once for every completion."""
+        tasks = [
+            (name, text, sample) for name in self._names for text, sample in zip(completions, samples, strict=True)
+        ]
         rows: list[Columns | None] = [None] * len(tasks)
         # closing: after an error, the calls still in progress are killed at once
         with closing(self._pool.run(tasks, timeout_seconds=self._timeout_seconds)) as outcomes:
             for outcome in outcomes:
                 rows[outcome.index] = self._read(outcome, *tasks[outcome.index])
         size = len(completions)
-        return {name: self._merge(name, rows[i * size : (i + 1) * size]) for i, name in enumerate(names)}
+        return {name: self._merge(name, rows[i * size : (i + 1) * size]) for i, name in enumerate(self._names)}
 
     def close(self) -> None:
         """End the processes and what they started."""

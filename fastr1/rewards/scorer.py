@@ -47,7 +47,8 @@ class Scorer:
         self._terms = tuple(terms)
         timeout = config.timeout_seconds, config.timeout_reward
         self._async = AsyncCalls(*timeout) if any(term.place == "async" for term in terms) else None
-        self._workers = WorkerCalls(config.num_workers, *timeout) if config.num_workers else None
+        in_workers = [term.name for term in terms if term.place == "worker"]
+        self._workers = WorkerCalls(in_workers, config.num_workers, *timeout) if in_workers else None
 
     def score(self, completions: list[str], samples: list[Sample]) -> Scored:
         """Reward of each completion of `samples` (one sample per completion; repeat it for a group).
@@ -90,9 +91,8 @@ class Scorer:
                 for term in self._terms
                 if term.place == "here"
             }
-            in_workers = [term.name for term in self._terms if term.place == "worker"]
-            if in_workers and self._workers is not None:
-                columns |= self._workers.call(in_workers, completions, samples)
+            if self._workers is not None:
+                columns |= self._workers.call(completions, samples)
             if self._async is not None:
                 columns |= self._async.finish(pending, started, completions, samples)
             return columns

@@ -276,8 +276,10 @@ sys.exit(report_errors(lambda: run_to_its_end(["sh", "launcher"], {})))
 def test_a_process_that_nobody_waits_for_does_not_hold_up_the_end(tmp_path: Path) -> None:
     (tmp_path / "launcher").write_text(LAUNCHER)
     command = [sys.executable, "-c", FIRST_PROCESS]
-    done = subprocess.run(command, cwd=tmp_path, env=child_environment(), preexec_fn=listen, timeout=30)
+    options: dict[str, Any] = {"capture_output": True, "text": True, "preexec_fn": listen, "timeout": 30}
+    done = subprocess.run(command, cwd=tmp_path, env=child_environment(), **options)
     assert (done.returncode, (tmp_path / "saved").exists()) == (130, True)
+    assert "the same command begins it anew" in done.stderr
 
 
 def test_an_empty_folder_is_used(tmp_path: Path, stages: Stages) -> None:

@@ -286,6 +286,14 @@ def test_timeout_reward_kills_the_call_with_its_children_and_goes_on(calls: Path
         assert scorer.score(["six..."], [sample(1)]).rewards == [6.0]
 
 
+def test_time_of_a_call_does_not_begin_before_its_module_is_imported(folder: Path) -> None:
+    code = "import time; time.sleep(1)\ndef length(completions, solutions, samples): return [len(completions[0])]\n"
+    (folder / "slow_to_import.py").write_text(code)
+    config = RewardConfig(functions=("slow_to_import:length",), num_workers=1, timeout_seconds=0.6)
+    with closing(build_scorer(config)) as scorer:
+        assert scorer.score(["four"], [sample(1)]).rewards == [4.0]
+
+
 def test_parts_must_be_the_same_for_all_completions(folder: Path) -> None:
     message = failure(scorer_of("other_parts", num_workers=1), ["abc", "xyz"])
     assert "returned the parts ['a'] for one completion and ['x'] for another" in message

@@ -78,9 +78,12 @@
   const outer = (d) => d.parentElement.closest("[data-key]");
   const name = (d) => d.id || d.dataset.key || outer(d).dataset.key + " " + all("details", outer(d)).indexOf(d);
   if ($("groups")) {
-    const there = new Set(all(".group").map(name)), steps = new Set(all("#step option").map((o) => o.value));
-    for (const group of state.kept.filter((g) => !there.has(g.name))) {
-      $("groups").insertAdjacentHTML("beforeend", group.html);
+    const there = (group) => all(".group").find((d) => name(d) === group.name);
+    const steps = new Set(all("#step option").map((o) => o.value));
+    for (const group of state.kept) {
+      if (!there(group)) $("groups").insertAdjacentHTML("beforeend", group.html);
+      const views = there(group).dataset;  // one that a ranking still shows may be no more of an update's
+      if (!views.views.split(" ").includes("update")) views.views += " update";
       if (!steps.has(group.step)) $("step").prepend(new Option(group.step + " (opened before)", group.step));
       steps.add(group.step);
     }
