@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import run_folders
 from browser import NAMES, Browser, find_browser
 from run_folders import GROUP, HOSTILE, PROMPTS, metrics_row, rollout_row, rollouts, write_lines, write_run
 
@@ -88,6 +91,10 @@ def go_on(run: Path, last: int) -> None:
     write_lines(run / "next" / "metrics.jsonl", [metrics_row(step) for step in range(1, last + 1)])
     for path in (run / "next").iterdir():
         path.replace(run / path.name)
+
+
+def rollout_of_reward(best: int, reward: float, step: int, prompt: int, place: int) -> dict[str, Any]:
+    return rollout_row(step, prompt, place, **({"reward": reward} if step == best else {}))
 
 
 def count(browser: Browser, selector: str) -> int:
@@ -250,7 +257,12 @@ def test_served_page_reloads_when_the_run_goes_on_and_keeps_its_filters(browser:
     browser.errors.clear()
 
 
-def test_served_page_keeps_what_is_open_though_a_later_page_lacks_it(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reward", [None, 9.0], ids=["it is gone", "only a ranking has it"])
+def test_served_page_keeps_what_is_open_though_a_later_page_lacks_it(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: float | None
+) -> None:
+    if reward is not None:  # update 20 stays among the best when it is no longer among the updates that are listed
+        monkeypatch.setattr(run_folders, "rollout_row", partial(rollout_of_reward, 20, reward))
     run = write_run(tmp_path)
     with hurried(browser):
         with RunServer(run, 0) as server:

@@ -82,8 +82,8 @@
     const steps = new Set(all("#step option").map((o) => o.value));
     for (const group of state.kept) {
       if (!there(group)) $("groups").insertAdjacentHTML("beforeend", group.html);
-      const views = there(group).dataset;  // one that a ranking still shows may be no more of an update's
-      if (!views.views.split(" ").includes("update")) views.views += " update";
+      const data = there(group).dataset;  // of one that only a ranking still shows, perhaps
+      if (!data.views.split(" ").includes("update")) data.views += " update";
       if (!steps.has(group.step)) $("step").prepend(new Option(group.step + " (opened before)", group.step));
       steps.add(group.step);
     }
